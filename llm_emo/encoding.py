@@ -1,0 +1,251 @@
+"""Examples to token ids: the template's specials as ids, everything else as plain text.
+
+Two rules. User text can never become a control token: whatever a corpus contains, the ids of
+the tokenizer's added tokens come from the chat template alone. And the template is never cut:
+when an example is too long, the oldest turns of the history go first, then the end of the text.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from llm_emo.errors import ModelError, PromptError
+from llm_emo.types import Example
+
+# Private-use characters: no chat template contains them, and none trims them.
+_USER, _ANSWER = "\ue000\ue001", "\ue002\ue003"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one example.
+
+    `answer` ends with the token that ends a turn. `dropped` counts the characters of history
+    and text that did not fit.
+    """
+
+    uid: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    dropped: int = 0
+
+
+class Encoder:
+    """Encodes examples for one tokenizer.
+
+    Args:
+        tokenizer: A `transformers` tokenizer, with or without a chat template. Without one, the
+            message stands behind the tokenizer's own leading tokens and ends with a line break.
+        max_length: The most tokens that prompt and answer together may have.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._added = added
+        # Longest first, so that a token that begins like another is not torn.
+        names = sorted(added, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self._templates: dict[str | None, tuple[list[int | str], list[int | str]]] = {}
+
+    # --- the template ---------------------------------------------------------------------
+
+    def _chat(self, system: str | None, answer: str | None) -> str:
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        turns.append({"role": "user", "content": _USER})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        # Reasoning models answer at once when told so; other templates ignore the switch.
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=answer is None,
+                enable_thinking=False,
+            )
+        )
+
+    def _parts(self, text: str) -> list[int | str]:
+        """Split template text into the ids of added tokens and plain strings."""
+        pieces = self._splitter.split(text) if self._splitter else [text]
+        return [self._added.get(piece, piece) for piece in pieces if piece]
+
+    def _template(self, system: str | None) -> tuple[list[int | str], list[int | str]]:
+        """Return what stands before and behind the user's message."""
+        if system not in self._templates:
+            if self.tokenizer.chat_template:
+                head, found, tail = self._chat(system, None).partition(_USER)
+                if not found:
+                    raise ModelError(
+                        f"{self.tokenizer.name_or_path}: the chat template does not show the "
+                        "user's message as it is; take a model whose template does"
+                    )
+                self._templates[system] = (self._parts(head), self._parts(tail))
+            else:
+                probe = self.tokenizer("a")["input_ids"]
+                bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+                lead: list[int | str] = list(probe[: len(probe) - len(bare)])
+                if system is not None:
+                    lead.append(f"{system}\n")
+                self._templates[system] = (lead, ["\n"])
+        return self._templates[system]
+
+    @cached_property
+    def end(self) -> int:
+        """The id that ends an answer: what the template puts behind it, else eos."""
+        if self.tokenizer.chat_template:
+            rendered = self._chat(None, _ANSWER)
+            behind = self._parts(rendered.partition(_ANSWER)[2].lstrip())
+            if behind and isinstance(behind[0], int):
+                return behind[0]
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: neither the chat template nor the tokenizer "
+                "names a token that ends an answer; set tokenizer.eos_token"
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    # --- plain text -------------------------------------------------------------------------
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts in which no control token may come into being."""
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+        control = set(self._added.values())
+        return [
+            row if control.isdisjoint(row) else self._broken_up(text)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def _broken_up(self, text: str) -> list[int]:
+        """Encode text that spells an added token which the tokenizer insists on.
+
+        `split_special_tokens` spares only the tokens marked as special; the others (a model's
+        tool or reasoning marks) are torn here in their middle.
+        """
+        assert self._splitter is not None
+        ids: list[int] = []
+        for piece in self._splitter.split(text):
+            halves = (piece[: len(piece) // 2], piece[len(piece) // 2 :])
+            for part in halves if piece in self._added else (piece,):
+                if part:
+                    ids += self.tokenizer(
+                        part, add_special_tokens=False, split_special_tokens=True
+                    )["input_ids"]
+        control = set(self._added.values())
+        # A one-character added token cannot be torn; it has no plain spelling.
+        return [id_ for id_ in ids if id_ not in control]
+
+    def _prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Encode the whole prompts; plain stretches are joined before they are tokenized.
+
+        Joined, because a tokenizer may merge across the seam of template and message, and the
+        model was trained on the merged form.
+        """
+        layouts: list[list[int | str]] = []
+        for example in examples:
+            head, tail = self._template(example.system)
+            layout: list[int | str] = []
+            for part in [*head, example.message, *tail]:
+                if layout and isinstance(part, str) and isinstance(layout[-1], str):
+                    layout[-1] += part
+                else:
+                    layout.append(part)
+            layouts.append(layout)
+        texts = {part for layout in layouts for part in layout if isinstance(part, str)}
+        ids = dict(zip(texts, self._plain(list(texts)), strict=True))
+        return [
+            tuple(
+                token
+                for part in layout
+                for token in (ids[part] if isinstance(part, str) else (part,))
+            )
+            for layout in layouts
+        ]
+
+    def answers(self, texts: Iterable[str]) -> list[tuple[int, ...]]:
+        """Encode answers, each with the token that ends it.
+
+        Apart from the prompt: joined, a tokenizer may merge across the seam and train on
+        prompt ids that generation never sees.
+        """
+        return [(*ids, self.end) for ids in self._plain(list(texts))]
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Encode examples, shortening the corpus's text where one is too long.
+
+        Raises:
+            PromptError: instruction, labels and answer alone exceed `max_length`.
+        """
+        words = list(dict.fromkeys(example.answer for example in examples))
+        answers = dict(zip(words, self.answers(words), strict=True))
+        encoded = []
+        for example, prompt in zip(examples, self._prompts(examples), strict=True):
+            answer = answers[example.answer]
+            dropped = 0
+            if len(prompt) + len(answer) > self.max_length:
+                prompt, dropped = self._shortened(example, self.max_length - len(answer))
+            encoded.append(Encoded(example.uid, prompt, answer, dropped))
+        return encoded
+
+    def _shortened(self, example: Example, room: int) -> tuple[tuple[int, ...], int]:
+        """Return the longest prompt of at most `room` tokens, and the characters dropped."""
+
+        def length(candidate: Example) -> int:
+            return len(self._prompts([candidate])[0])
+
+        empty = replace(example, history=(), text="")
+        if length(empty) >= room:
+            raise PromptError(
+                f"row {example.uid}: the instruction, the labels and the answer take "
+                f"{length(empty) + self.max_length - room} of prompt.max_length = "
+                f"{self.max_length} tokens and leave none for the text; raise prompt.max_length"
+            )
+        history = example.history
+        while history and length(replace(example, history=history)) > room:
+            history = history[1:]
+        low, high = 0, len(example.text)
+        if length(replace(example, history=history)) <= room:
+            low = high
+        while low < high:  # the longest beginning of the text that fits
+            middle = (low + high + 1) // 2
+            if length(replace(example, history=history, text=example.text[:middle])) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        short = replace(example, history=history, text=example.text[:low])
+        return self._prompts([short])[0], len(example.message) - len(short.message)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, without the ending token."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return hashes of what turns text into ids: the tokenizer and its chat template."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()), ensure_ascii=False)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        model = backend.to_str() if backend is not None else vocabulary
+        return {
+            # Truncation and padding are the caller's passing wishes, not the tokenizer's nature.
+            "tokenizer": _sha256(_without(model, ("truncation", "padding"))),
+            "template": _sha256(json.dumps([str(part) for part in self._template(None)])),
+        }
+
+
+def _without(serialised: str, keys: Sequence[str]) -> str:
+    data = json.loads(serialised)
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key not in keys}
+    return json.dumps(data, sort_keys=True, ensure_ascii=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,228 @@
+"""The token trie: every distinct token of a batch, computed once, exactly.
+
+Emotion examples share long beginnings: the instruction, the dialogue so far, the utterance
+under k candidate labels. A batch of token sequences becomes a trie whose nodes are numbered
+in depth-first order; node n has a token, a depth (its position id) and the half-open interval
+[n, exit[n]) of its subtree. Node q may attend to node k exactly when `k <= q < exit[k]`: causal
+attention along its own path. One forward pass of shape (1, N) with `position_ids = depth` and
+that mask gives every sequence the hidden states that it has when it runs alone, because a
+decoder's state at a token depends on nothing but the token's path.
+
+Letters used below: B sequences, L the longest of them, N nodes, T targets, V vocabulary,
+C cached nodes, S live sequences of a generation step.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llm_emo.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TokenTrie:
+    """Token sequences folded into a trie.
+
+    `tokens`, `depth` and `exit` have shape (N,). `nodes` has shape (B, L): the node of every
+    sequence's every token, -1 behind its end. `lengths` has shape (B,). All are int64 on the
+    CPU. Equal sequences share all their nodes; a sequence may be a prefix of another.
+    """
+
+    tokens: Tensor
+    depth: Tensor
+    exit: Tensor
+    nodes: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def build(cls, sequences: Sequence[Sequence[int]]) -> "TokenTrie":
+        """Fold `sequences` (B of them, each of at least one token id >= 0) into a trie.
+
+        Raises:
+            ValueError: no sequence, or an empty one: it has no node to read a state from.
+
+        >>> trie = TokenTrie.build([(5, 6, 7), (5, 6, 8), (5, 6)])
+        >>> trie.tokens.tolist(), trie.depth.tolist(), trie.exit.tolist()
+        ([5, 6, 7, 8], [0, 1, 2, 2], [4, 4, 3, 4])
+        >>> trie.nodes.tolist()
+        [[0, 1, 2], [0, 1, 3], [0, 1, -1]]
+        """
+        if not sequences or not all(sequences):
+            raise ValueError("a token trie needs at least one sequence, and a token in each")
+        # In lexicographic order a sequence's new nodes are exactly the tokens behind its common
+        # prefix with the sequence before it, and writing them down row by row is a depth-first
+        # walk. Everything else follows from that with array operations.
+        order = sorted(range(len(sequences)), key=lambda row: tuple(sequences[row]))
+        lengths = np.array([len(sequences[row]) for row in order])
+        columns = np.arange(lengths.max())
+        ids = np.full((len(order), len(columns)), -1)
+        for row, source in enumerate(order):
+            ids[row, : lengths[row]] = sequences[source]
+        inside = columns < lengths[:, None]  # (B, L)
+
+        common = np.zeros(len(order), dtype=np.int64)
+        same = (ids[1:] == ids[:-1]) & inside[1:] & inside[:-1]
+        common[1:] = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+        behind = columns >= common[:, None]  # (B, L): not shared with the row above
+        new = behind & inside
+
+        # A shared token's node is the newest one above it in its column.
+        numbered = np.where(new, np.cumsum(new).reshape(new.shape) - 1, -1)
+        nodes = np.where(inside, np.maximum.accumulate(numbered, axis=0), -1)
+
+        # A subtree ends where a later row leaves the path at or above its depth.
+        total = int(new.sum())
+        first = np.cumsum(new.sum(axis=1)) - new.sum(axis=1)  # (B,) nodes before each row
+        leaves = np.where(behind[1:], first[1:, None], total)
+        ends = np.full(new.shape, total)
+        ends[:-1] = np.minimum.accumulate(leaves[::-1], axis=0)[::-1]
+
+        unsorted = np.empty_like(nodes)
+        unsorted[order] = nodes
+        original = np.empty_like(lengths)
+        original[order] = lengths
+        return cls(
+            tokens=torch.from_numpy(ids[new]),
+            depth=torch.from_numpy(np.broadcast_to(columns, new.shape)[new]),
+            exit=torch.from_numpy(ends[new]),
+            nodes=torch.from_numpy(unsorted),
+            lengths=torch.from_numpy(original),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def saved(self) -> int:
+        """Tokens of the sequences that did not have to be computed."""
+        return int(self.lengths.sum()) - len(self)
+
+    @property
+    def last(self) -> Tensor:
+        """The node of every sequence's last token, shape (B,)."""
+        return self.nodes.gather(1, self.lengths[:, None] - 1)[:, 0]
+
+    def allowed(self) -> Tensor:
+        """Which node (row) may attend to which (column), shape (N, N), bool."""
+        node = torch.arange(len(self))
+        return (node <= node[:, None]) & (node[:, None] < self.exit)
+
+
+def distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
+    """Count the nodes that `sequences` would have as a trie, without building it."""
+    count, before = 0, ()
+    for sequence in sorted(tuple(s) for s in sequences):
+        shared = 0
+        for old, token in zip(before, sequence, strict=False):
+            if old != token:
+                break
+            shared += 1
+        count += len(sequence) - shared
+        before = sequence
+    return count
+
+
+def masks_for(model: nn.Module, allowed: Tensor, query: Tensor, key: Tensor) -> Any:
+    """Return what `model` takes as a ready-made attention mask.
+
+    Args:
+        model: The causal LM, wrapped or not; its config says which layers slide.
+        allowed: Who may attend to whom, shape (Q, K), bool.
+        query: Depths of the Q nodes.
+        key: Depths of the K nodes.
+
+    A prepared 4-D mask reaches every layer as it is, so the sliding window of the layers
+    that have one must be in it.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    full = allowed[None, None]
+    sliding = full
+    if window is not None and int(query.max()) >= window:
+        sliding = (allowed & (query[:, None] - key < window))[None, None]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return sliding
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ModelError(
+            f"{config.model_type}: layers of kind {', '.join(sorted(unknown))} are not attention "
+            "over a token's own path, so the token trie does not hold for them; "
+            "take a model with full or sliding-window attention"
+        )
+    return {kind: sliding if kind == "sliding_attention" else full for kind in kinds}
+
+
+def node_logits(model: nn.Module, trie: TokenTrie, nodes: Tensor) -> Tensor:
+    """Run one pass over `trie` and return the next-token logits at `nodes`, shape (T, V).
+
+    The head is applied at those nodes only: with a vocabulary of 50,000 and three trained
+    tokens a row, logits at all N nodes would cost more than the transformer.
+    """
+    device = next(model.parameters()).device
+    depth = trie.depth.to(device)
+    output = model(
+        input_ids=trie.tokens.to(device)[None],
+        position_ids=depth[None],
+        attention_mask=masks_for(model, trie.allowed().to(device), depth, depth),
+        logits_to_keep=nodes.to(device),
+        use_cache=False,
+    )
+    return output.logits[0]  # type: ignore[no-any-return]
+
+
+class TrieDecoder:
+    """Greedy decoding of many sequences over one shared cache.
+
+    The trie's nodes fill the cache once; afterwards every live sequence adds one node a step,
+    which attends to its own path only. A sequence that ends simply adds no more nodes.
+    """
+
+    def __init__(self, model: nn.Module, trie: TokenTrie) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        # Given no config, every layer keeps all nodes: a window over cache columns would be
+        # a window over nodes, not over positions; `masks_for` slides by depth instead.
+        self.cache = DynamicCache()
+        self.depth = trie.depth.to(self.device)  # (C,)
+        allowed = trie.allowed().to(self.device)
+        self.visible = allowed[trie.last.to(self.device)]  # (S, C)
+        self.next_depth = trie.lengths.to(self.device)  # (S,)
+        output = model(
+            input_ids=trie.tokens.to(self.device)[None],
+            position_ids=self.depth[None],
+            attention_mask=masks_for(model, allowed, self.depth, self.depth),
+            logits_to_keep=trie.last.to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits: Tensor = output.logits[0]  # (S, V)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these live sequences only; `rows` has shape (S', ) of positions."""
+        self.visible = self.visible[rows]
+        self.next_depth = self.next_depth[rows]
+        self.logits = self.logits[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        """Append one token to every live sequence, shape (S,), and compute the next logits."""
+        count = len(tokens)
+        own = torch.eye(count, dtype=torch.bool, device=self.device)
+        self.visible = torch.cat([self.visible, own], dim=1)  # (S, C + S)
+        self.depth = torch.cat([self.depth, self.next_depth])
+        output = self.model(
+            input_ids=tokens[None],
+            position_ids=self.next_depth[None],
+            attention_mask=masks_for(self.model, self.visible, self.next_depth, self.depth),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.next_depth = self.next_depth + 1
+        self.logits = output.logits[0]  # (S, V)
