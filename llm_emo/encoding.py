@@ -46,7 +46,9 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
+        added: dict[str, int] = {
+            token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
+        }
         self._added = added
         # Longest first, so that a token that begins like another is not torn.
         names = sorted(added, key=len, reverse=True)
@@ -73,7 +75,11 @@ class Encoder:
     def _parts(self, text: str) -> list[int | str]:
         """Split template text into the ids of added tokens and plain strings."""
         pieces = self._splitter.split(text) if self._splitter else [text]
-        return [self._added.get(piece, piece) for piece in pieces if piece]
+        parts: list[int | str] = []
+        for piece in filter(None, pieces):
+            known = self._added.get(piece)
+            parts.append(piece if known is None else known)
+        return parts
 
     def _template(self, system: str | None) -> tuple[list[int | str], list[int | str]]:
         """Return what stands before and behind the user's message."""

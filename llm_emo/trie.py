@@ -12,13 +12,14 @@ Letters used below: B sequences, L the longest of them, N nodes, T targets, V vo
 C cached nodes, S live sequences of a generation step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from llm_emo.errors import ModelError
@@ -113,20 +114,6 @@ class TokenTrie:
         return (node <= node[:, None]) & (node[:, None] < self.exit)
 
 
-def distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
-    """Count the nodes that `sequences` would have as a trie, without building it."""
-    count, before = 0, ()
-    for sequence in sorted(tuple(s) for s in sequences):
-        shared = 0
-        for old, token in zip(before, sequence, strict=False):
-            if old != token:
-                break
-            shared += 1
-        count += len(sequence) - shared
-        before = sequence
-    return count
-
-
 def masks_for(model: nn.Module, allowed: Tensor, query: Tensor, key: Tensor) -> Any:
     """Return what `model` takes as a ready-made attention mask.
 
@@ -139,7 +126,8 @@ def masks_for(model: nn.Module, allowed: Tensor, query: Tensor, key: Tensor) -> 
     A prepared 4-D mask reaches every layer as it is, so the sliding window of the layers
     that have one must be in it.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
@@ -226,3 +214,35 @@ class TrieDecoder:
         )
         self.next_depth = self.next_depth + 1
         self.logits = output.logits[0]  # (S, V)
+
+
+@torch.inference_mode()
+def verify(model: nn.Module) -> float:
+    """Run two short sequences through a trie and alone; return the largest relative difference.
+
+    Some architectures ignore `position_ids` or a prepared 4-D mask (ALiBi, recurrent layers).
+    They would train on wrong states without a word, so every model is asked once.
+
+    Raises:
+        ModelError: the difference is beyond rounding.
+    """
+    model.eval()
+    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    ids = [(7 * i + 3) % size for i in range(9)]
+    sequences = [ids, [*ids[:4], *ids[6:2:-1]]]
+    trie = TokenTrie.build(sequences)
+    together = node_logits(model, trie, trie.last).float()
+    worst = 0.0
+    for row, sequence in enumerate(sequences):
+        alone = node_logits(
+            model, TokenTrie.build([sequence]), torch.tensor([len(sequence) - 1])
+        ).float()
+        worst = max(worst, float((together[row] - alone[0]).norm() / alone[0].norm()))
+    dtype = next(model.parameters()).dtype
+    if not worst <= (1e-3 if dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{model.config.model_type}: logits through the token trie differ by "  # type: ignore[union-attr]
+            f"{worst:.2g} (relative) from those of a sequence alone; the architecture does not "
+            "follow position_ids and a 4-D attention mask, so it cannot be used here"
+        )
+    return worst

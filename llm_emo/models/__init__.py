@@ -1,0 +1,1 @@
+"""Base models: any causal LM that transformers loads, and the one that is bundled."""

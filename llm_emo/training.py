@@ -1,0 +1,326 @@
+"""Training: a thin `transformers.Trainer` whose batches are token tries.
+
+The loss is the mean over the answer tokens of the *global* batch, whatever the number of
+processes, micro-batches and answer lengths: (x1 / n1) + (x2 / n2) is not (x1 + x2) / (n1 + n2).
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import is_tensorboard_available
+
+from llm_emo import checkpoints
+from llm_emo.encoding import Encoded
+from llm_emo.errors import JobFailed
+from llm_emo.inference import targets
+from llm_emo.recipes import Train
+from llm_emo.trie import TokenTrie, node_logits
+
+Batch = dict[str, Any]
+
+GHOST = -1
+"""An index that stands for no row: it keeps processes in step and adds nothing to the loss."""
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """This process's share of every micro-batch, in an order fixed by seed and epoch.
+
+    One optimiser step takes `batch_size` consecutive rows of the epoch's order, however many
+    processes and micro-batches share the work; so neither changes which rows meet in a step. The
+    last step of an epoch is short rather than filled up with rows seen before. The order is a
+    function of (seed, epoch), so a resumed run sees the rows that the uninterrupted one would.
+    """
+
+    def __init__(
+        self, rows: int, *, batch_size: int, micro_batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        per_step = micro_batch_size * world
+        if batch_size % per_step:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x {world} processes"
+            )
+        self.rows, self.batch_size, self.micro = rows, batch_size, micro_batch_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = 0
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step and process."""
+        return self.batch_size // (self.micro * self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is iterated next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.rows, self.batch_size)
+        return full * self.accumulation + math.ceil(rest / (self.micro * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        span = self.micro * self.world
+        for start in range(0, self.rows, self.batch_size):
+            step = order[start : start + self.batch_size]
+            for offset in range(0, len(step), span):
+                share = step[offset : offset + span][self.rank :: self.world]
+                yield share or [GHOST]
+
+
+class _EpochLoader(DataLoader[Encoded]):
+    """A loader that passes the epoch on to its batch sampler, as the Trainer expects."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class _Rows(Sequence[Encoded | None]):
+    """The encoded rows; the ghost's index gives None."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded | None:  # type: ignore[override]
+        return None if index == GHOST else self.rows[index]
+
+
+def collate(rows: Sequence[Encoded | None]) -> Batch:
+    """Fold rows into one trie and its targets.
+
+    Returns `trie`; `nodes`, shape (K,), where logits are needed; `where`, shape (T,), the place
+    in `nodes` of every answer token; `labels`, shape (T,), those tokens.
+    """
+    real = [row for row in rows if row is not None]
+    if not real:
+        # A single node with one ignored target: a pass that costs nothing and adds nothing.
+        zero = torch.zeros(1, dtype=torch.long)
+        return {"trie": TokenTrie.build([(0,)]), "nodes": zero, "where": zero, "labels": zero - 100}
+    trie = TokenTrie.build([row.prompt + row.answer[:-1] for row in real])
+    at, labels = targets(trie, [len(row.prompt) for row in real], [row.answer for row in real])
+    nodes, where = torch.unique(at, return_inverse=True)
+    return {"trie": trie, "nodes": nodes, "where": where, "labels": labels}
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the summed cross-entropy of the batch's answer tokens, in nats; shape ().
+
+    Summed, so that the caller divides once by the answer tokens of the global batch.
+    """
+    logits = node_logits(model, batch["trie"], batch["nodes"]).float()  # (K, V)
+    where, labels = batch["where"].to(logits.device), batch["labels"].to(logits.device)
+    return nn.functional.cross_entropy(logits[where], labels, reduction="sum", ignore_index=-100)
+
+
+class TrieTrainer(Trainer):
+    """The one training loop: every method, every LLM.
+
+    Args:
+        model: The adapted model.
+        args: Arguments from `training_arguments`.
+        rows: Encoded training rows.
+        batches: Their order and shares.
+        validate: Measures the model on dev; returns metrics without the `eval_` in front.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        rows: Sequence[Encoded],
+        batches: GlobalBatches,
+        validate: Callable[[nn.Module], Mapping[str, float]],
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        empty = [row.uid for row in rows if not row.answer]
+        if not rows or empty:
+            raise JobFailed(f"no answer tokens to learn from: {empty[:3] or 'no training rows'}")
+        self.batches, self.validate = batches, validate
+        self.control: TrainerControl
+        self.tokens_run = self.tokens_saved = self.examples = 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Rows(rows),
+            eval_dataset=_Rows(rows[:1]),  # never read: `evaluate` measures dev by itself
+            data_collator=collate,
+            callbacks=list(callbacks),
+        )
+        # The loss below is divided by the whole step's answer tokens already.
+        self.loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> DataLoader[Encoded]:
+        """Return this process's micro-batches; tries are built while they are drawn."""
+        return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=collate)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        count = sum(int((batch["labels"] != -100).sum()) for batch in batch_samples)
+        gathered = self.accelerator.gather(torch.tensor(count, device=device))
+        return torch.as_tensor(gathered).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return this share's part of the global mean, shape ()."""
+        assert num_items_in_batch is not None
+        self.tokens_run += len(inputs["trie"])
+        self.tokens_saved += inputs["trie"].saved
+        self.examples += len(inputs["trie"].lengths)
+        # Gradients are averaged over processes, hence the factor.
+        share: Tensor = answer_loss(model, inputs) * self.accelerator.num_processes
+        return share / num_items_in_batch
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Return 0: the estimate of transformers counts padded tokens, of which there are none."""
+        return 0
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure dev through the program's own scoring and metrics."""
+        was_training = self.model.training
+        metrics = {f"eval_{name}": value for name, value in self.validate(self.model).items()}
+        self.model.train(was_training)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # --- checkpoints: safetensors and JSON, complete or absent ---------------------------------
+
+    def _folder(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = self._folder(self.state.global_step)
+        partial = final.with_name(f".{final.name}.partial")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        checkpoints.save_rng(partial, self.args.process_index)
+        if self.args.should_save:
+            checkpoints.save_model(partial, self.model)
+            checkpoints.save_optimizer(partial, self.optimizer, self.lr_scheduler)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                name = type(callback).__name__
+                if name in self.state.stateful_callbacks:
+                    self.state.stateful_callbacks[name] = callback.state()
+            self.state.save_to_json(str(partial / checkpoints.STATE))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            needed = {final, self._folder(self.state.best_global_step or 0)}
+            for old in set(final.parent.glob("checkpoint-*")) - needed:
+                shutil.rmtree(old)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        trained: tuple[int, int] = super()._init_training_state(*args)
+        if self.state.best_global_step:  # the run folder may have been moved since
+            self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
+        return trained
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        checkpoints.load_model(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self) -> None:
+        checkpoints.load_model(self._folder(self.state.best_global_step), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_rng(Path(checkpoint), self.args.process_index)
+
+
+class EvaluateAndSave(TrainerCallback):
+    """Evaluates and saves at evenly spaced steps, the last of each epoch among them."""
+
+    def __init__(self, steps_per_epoch: int, evaluations_per_epoch: int) -> None:
+        count = min(evaluations_per_epoch, steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
+        self.at = {
+            math.ceil(steps_per_epoch * (i + 1) / count) % steps_per_epoch for i in range(count)
+        }
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation and a checkpoint where one is due."""
+        if state.global_step % self.steps_per_epoch in self.at:
+            control.should_evaluate = control.should_save = True
+        return control
+
+
+def training_arguments(
+    folder: Path, train: Train, *, accumulation: int, seed: int, metric: str, tensorboard: Path
+) -> TrainingArguments:
+    """Translate a recipe's training section into the Trainer's arguments."""
+    never = 10**9
+    track = is_tensorboard_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type=train.schedule
+        if not (train.schedule == "constant" and train.warmup_ratio)
+        else "constant_with_warmup",
+        warmup_steps=train.warmup_ratio,  # a float below 1 is a share of all steps
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch",
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="steps",  # `EvaluateAndSave` says when
+        eval_steps=never,
+        save_strategy="steps",
+        save_steps=never,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        seed=seed,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=["tensorboard"] if track else [],
+        logging_nan_inf_filter=False,
+    )
+
+
+def stopping(train: Train) -> list[TrainerCallback]:
+    """Return the callback that stops early, if the recipe asks for one."""
+    if train.early_stopping_patience is None:
+        return []
+    return [EarlyStoppingCallback(early_stopping_patience=train.early_stopping_patience)]
