@@ -1,0 +1,63 @@
+"""The label.csv of MMSA, in which MOSI and CH-SIMS are passed on. Not a corpus itself."""
+
+from pathlib import Path
+
+from llm_emo.datasets.base import (
+    as_dicts,
+    malformed,
+    parse_choice,
+    parse_number,
+    read_csv,
+)
+from llm_emo.types import Utterance
+
+COLUMNS = (
+    "video_id",
+    "clip_id",
+    "text",
+    "label",
+    "label_T",
+    "label_A",
+    "label_V",
+    "annotation",
+    "mode",
+)
+MODES = {"train": "train", "dev": "valid", "test": "test"}
+
+
+def read_label_csv(path: Path, part: str, bound: float) -> list[Utterance]:
+    """Return the rows of one split, with scores in [-bound, bound].
+
+    Ids stay text: a video id may start with a dash or be all digits, and the zeros before
+    a clip id belong to it. Some copies have no header row; they have the nine columns of
+    MMSA in its order. The single-modality labels may be empty and are not read.
+
+    Raises:
+        DatasetError: a cell is not as described, or the file has no row of this split.
+    """
+    table = [row for row in read_csv(path) if row]
+    if not table:
+        raise malformed(path, "the file", "", "rows")
+    headed = "video_id" in table[0]
+    header, rows = (table[0], table[1:]) if headed else (list(COLUMNS), table)
+    required = ("video_id", "clip_id", "text", "label", "mode")
+    found = []
+    for number, row in enumerate(as_dicts(path, rows, header, required), 1 + headed):
+        where = f"row {number}"
+        if parse_choice(path, where, row["mode"], tuple(MODES.values())) != MODES[part]:
+            continue
+        video, clip = row["video_id"], row["clip_id"]
+        if not clip.isdecimal():
+            raise malformed(path, where, clip, "a clip number")
+        found.append(
+            Utterance(
+                uid=f"{video}/{clip}",
+                text=row["text"].strip(),
+                dialogue=video,
+                turn=int(clip),
+                score=parse_number(path, where, row["label"], -bound, bound),
+            )
+        )
+    if not found:
+        raise malformed(path, "column 'mode'", "no such row", f"rows of mode {MODES[part]!r}")
+    return found
