@@ -1,0 +1,497 @@
+"""Recipes: one YAML 1.2 file that states everything a score depends on.
+
+`load` reads a file (or a shipped recipe by name), applies `--set KEY=VALUE` overrides and
+returns a frozen `Recipe`. Nothing is guessed: an unknown or missing key, a value of another
+type or out of range, and settings that contradict each other are all reported at once, in
+one `RecipeError`. A field has a default only where leaving it out says "not used"; whatever
+changes a score must be written down.
+
+Overrides: the value is YAML, so `train.learning_rate=1e-4` is a number and
+`method.target_modules=[q_proj, v_proj]` a list. A section can be replaced or removed as a
+whole (`'method={kind: zero_shot}'`, `train=null`). `method.kind` alone cannot be changed: the
+other keys of `method` belong to the old kind.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from llm_emo import resources
+from llm_emo.errors import EmoError, RecipeError, nearest
+from llm_emo.recipe_errors import Key, Problem, conflict, found_text, problems
+
+BUNDLED_MODEL = "smollm2-135m"
+"""The model name that stands for the SmolLM2-135M-Instruct from the Python package index."""
+
+_MOVING_REVISIONS = ("main", "master", "HEAD")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Limit(_Section):
+    """How many rows of a split are used at most; a split that is not named is used whole."""
+
+    train: int | None = Field(None, ge=1)
+    """Training rows, drawn with the recipe's seed."""
+    dev: int | None = Field(None, ge=1)
+    """Dev rows."""
+    test: int | None = Field(None, ge=1)
+    """Test rows; a report on fewer rows is not comparable with one on all."""
+
+
+class Data(_Section):
+    """Which rows are read, and under which protocol they count."""
+
+    dataset: str = Field(min_length=1)
+    """The corpus, as `llm-emo datasets` lists it."""
+    protocol: str = Field(min_length=1)
+    """Rows, classes and metrics; must be one of the corpus's protocols."""
+    hub: str | None = Field(None, min_length=1)
+    """Read the corpus from this Hugging Face dataset (id or local folder), not the data root."""
+    fold: int | None = Field(None, ge=0)
+    """Which fold of a cross-validation protocol is the test split."""
+    dev_fraction: float = Field(gt=0, lt=1)
+    """Share of the training groups that become dev where the corpus has no dev split, 0 to 1."""
+    limit: Limit | None = None
+    """Caps on the rows of each split."""
+
+
+class PromptChoice(_Section):
+    """How an utterance becomes an instruction."""
+
+    name: str = Field(min_length=1)
+    """A shipped prompt, or the path of a prompt file."""
+    history_window: int = Field(ge=0)
+    """How many earlier turns of the dialogue are shown, in turns; 0 shows none."""
+
+
+class Model(_Section):
+    """The base model, which stays frozen under an adapter."""
+
+    name: str = Field(min_length=1)
+    """`smollm2-135m` (bundled), a local folder, or a Hugging Face id `owner/name`."""
+    revision: str | None = Field(None, min_length=1)
+    """Commit (40 hex digits) or tag of a Hugging Face id; required for one, refused otherwise."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """Weights and activations; `auto` takes bfloat16 where the machine is good at it."""
+    quantization: Literal["none", "nf4", "int8"]
+    """Storage of the frozen base weights (bitsandbytes)."""
+
+    @property
+    def origin(self) -> Literal["bundled", "folder", "hub"]:
+        """Where the weights come from; a revision is what makes a name a Hugging Face id."""
+        if self.name == BUNDLED_MODEL:
+            return "bundled"
+        return "folder" if self.revision is None else "hub"
+
+    @model_validator(mode="after")
+    def _revision_belongs_to_a_hub_id(self) -> Self:
+        is_id = _HUB_ID.fullmatch(self.name) is not None
+        keys = ("model.name", "model.revision")
+        if self.revision is None:
+            if is_id and not Path(self.name).is_dir():
+                raise conflict(
+                    f"'model.name': {self.name!r} is no local folder, and as a Hugging Face id it "
+                    "needs 'model.revision' (a 40-digit commit or a tag)",
+                    *keys,
+                )
+        elif not is_id:
+            raise conflict(
+                f"'model.revision': belongs to a Hugging Face id (owner/name), "
+                f"but 'model.name' is {self.name!r}; remove it",
+                *keys,
+            )
+        elif self.revision in _MOVING_REVISIONS:
+            raise conflict(
+                f"'model.revision': {self.revision!r} moves; name a 40-digit commit or a tag",
+                *keys,
+            )
+        return self
+
+
+class Lora(_Section):
+    """Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: Literal["lora"]
+    """The method."""
+    rank: int = Field(ge=1)
+    """Rank r of the update B·A of every adapted layer."""
+    alpha: float = Field(gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(ge=0, lt=1)
+    """Dropout on the adapter's input, as a probability."""
+    # Lists of YAML become tuples, so that a recipe is immutable to the bottom.
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        strict=False, min_length=1
+    )
+    """Names of the adapted linear layers, as they end in the model's module names."""
+
+    @model_validator(mode="after")
+    def _names_every_layer_once(self) -> Self:
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise conflict(
+                f"'method.target_modules': names a layer twice: {', '.join(self.target_modules)}",
+                "method.target_modules",
+            )
+        return self
+
+
+class PTuningV2(_Section):
+    """Trained keys and values before every layer (Liu et al. 2021, arXiv:2110.07602)."""
+
+    kind: Literal["p_tuning_v2"]
+    """The method."""
+    prefix_length: int = Field(ge=1)
+    """Prefix positions of every layer, in tokens."""
+    projection: bool
+    """Compute the prefix with a two-layer MLP from an embedding, instead of training it itself."""
+    projection_size: int | None = Field(None, ge=1)
+    """Hidden units of that MLP; required with `projection: true`, refused without."""
+    dropout: float = Field(ge=0, lt=1)
+    """Dropout on the prefix, as a probability."""
+    init: Literal["text", "random"]
+    """Start from the model's own keys and values of `init_text`, or from N(0, 1)."""
+    init_text: str | None = Field(None, min_length=1)
+    """The text whose keys and values start the prefix; required with `init: text`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.projection and self.projection_size is None:
+            raise conflict(
+                "'method.projection': true needs 'method.projection_size' (hidden units)",
+                "method.projection",
+                "method.projection_size",
+            )
+        if not self.projection and self.projection_size is not None:
+            raise conflict(
+                "'method.projection_size': has no effect with 'method.projection: false'; "
+                "remove it",
+                "method.projection",
+                "method.projection_size",
+            )
+        if self.init == "text" and self.init_text is None:
+            raise conflict(
+                "'method.init': text needs 'method.init_text' (the text to start from)",
+                "method.init",
+                "method.init_text",
+            )
+        if self.init == "random" and self.init_text is not None:
+            raise conflict(
+                "'method.init_text': has no effect with 'method.init: random'; remove it",
+                "method.init",
+                "method.init_text",
+            )
+        if self.init == "text" and self.projection:
+            raise conflict(
+                "'method.init': text starts the prefix itself and cannot start an MLP; "
+                "use 'method.init: random' with 'method.projection: true'",
+                "method.init",
+                "method.projection",
+            )
+        return self
+
+
+class ZeroShot(_Section):
+    """The base model as it is; nothing is trained."""
+
+    kind: Literal["zero_shot"]
+    """The method."""
+
+
+class Full(_Section):
+    """Every weight of the base model is trained."""
+
+    kind: Literal["full"]
+    """The method."""
+
+
+Method = Annotated[Lora | PTuningV2 | ZeroShot | Full, Field(discriminator="kind")]
+
+
+class Train(_Section):
+    """How the adapter is trained: AdamW on the answer tokens only."""
+
+    epochs: int = Field(ge=1)
+    """Passes over the training rows."""
+    batch_size: int = Field(ge=1)
+    """Rows per optimiser step, over all devices and accumulation steps together."""
+    micro_batch_size: int = Field(ge=1)
+    """Rows per forward pass; divides `batch_size`. Changes memory, not the result."""
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak learning rate."""
+    weight_decay: float = Field(ge=0, lt=1)
+    """AdamW's decoupled weight decay."""
+    schedule: Literal["linear", "cosine", "constant"]
+    """Course of the learning rate after the warm-up: to zero, or kept."""
+    warmup_ratio: float = Field(ge=0, lt=1)
+    """Share of all steps over which the learning rate rises from zero."""
+    max_grad_norm: float = Field(gt=0)
+    """Gradients are scaled down to this norm."""
+    max_length: int = Field(ge=16)
+    """Tokens of one example, answer included; what is too long loses corpus text only."""
+    evaluations_per_epoch: int = Field(ge=1)
+    """How often an epoch is measured on dev; the best measured state is kept."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better one; without it, never."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise conflict(
+                f"'train.batch_size': {self.batch_size} is not a multiple of "
+                f"'train.micro_batch_size' {self.micro_batch_size}",
+                "train.batch_size",
+                "train.micro_batch_size",
+            )
+        return self
+
+
+class Inference(_Section):
+    """How answers are read from the model."""
+
+    mode: Literal["score", "generate"]
+    """Compare the labels' probabilities, or let the model write and parse what it wrote."""
+    max_new_tokens: int = Field(ge=1)
+    """Tokens that generation writes at most."""
+    tokens_per_pass: int = Field(ge=1)
+    """Distinct tokens of one forward pass. Changes memory, not the result."""
+
+
+class Recipe(_Section):
+    """Everything that a score depends on, besides the corpus files themselves."""
+
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of row order, initialisation, dropout and made splits."""
+    data: Data
+    prompt: PromptChoice
+    model: Model
+    method: Method
+    train: Train | None = None
+    """Required for every method but `zero_shot`, which trains nothing."""
+    inference: Inference
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        kind = self.method.kind
+        if kind == "zero_shot" and self.train is not None:
+            raise conflict(
+                "'train': method zero_shot trains nothing; remove the section "
+                "(on the command line: --set train=null)",
+                "train",
+                "method.kind",
+            )
+        if kind != "zero_shot" and self.train is None:
+            raise conflict(f"missing section 'train': method {kind} needs it", "train", "method")
+        if kind == "full" and self.model.quantization != "none":
+            raise conflict(
+                f"'model.quantization': {self.model.quantization} weights cannot be trained "
+                "themselves; use none, or method lora or p_tuning_v2",
+                "model.quantization",
+                "method.kind",
+            )
+        return self
+
+
+def names() -> tuple[str, ...]:
+    """Return the shipped recipes, such as `mastodon/lora`, sorted."""
+    root = resources.folder("recipes")
+    return tuple(
+        sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    )
+
+
+def source(path_or_name: str) -> Path:
+    """Return the file that a path or the name of a shipped recipe stands for.
+
+    Shipped recipes are found as `mastodon/lora` and `recipes/mastodon/lora.yaml` from anywhere.
+
+    Raises:
+        RecipeError: there is neither such a file nor such a shipped recipe.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return path
+    name = path_or_name.removeprefix("recipes/").removesuffix(".yaml")
+    known = names()
+    if name in known:
+        return resources.folder("recipes") / f"{name}.yaml"
+    if path.is_dir():
+        raise RecipeError(f"{path_or_name}: is a folder, not a recipe file")
+    raise RecipeError(f"{path_or_name}: no such file or shipped recipe; {nearest(name, known)}")
+
+
+def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply the overrides in order, and check it against prompts and protocols.
+
+    Raises:
+        RecipeError: names the file and every problem in it, or the override at fault.
+    """
+    path = source(path_or_name)
+    shown = _shown(path)
+    document = _read(path, shown)
+    origins: dict[Key, str] = {}
+    for override in overrides:
+        _override(document, override, origins, shown)
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise _report(shown, problems(error, Recipe), origins) from None
+    if misfits := list(_misfits(recipe)):
+        raise _report(shown, misfits, origins)
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe file, for editors; `recipes/schema.json` is this."""
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return draft | Recipe.model_json_schema() | {"title": "llm_emo recipe"}
+
+
+def _yaml() -> YAML:
+    # The pure loader is the one that knows YAML 1.2; it also refuses duplicate keys.
+    return YAML(typ="safe", pure=True)
+
+
+def _shown(path: Path) -> str:
+    """Return the path as an error names it: relative where it lies under the current folder."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def _read(path: Path, shown: str) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{shown}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{shown}: cannot be read: {error.strerror}") from None
+    if re.search(r"^%YAML", text, re.MULTILINE):
+        # Under %YAML 1.1, `no` would be false and `1e-4` a text.
+        raise RecipeError(f"{shown}: remove the %YAML line; recipes are YAML 1.2")
+    document = _parse(text, shown)
+    if not isinstance(document, dict):
+        raise RecipeError(
+            f"{shown}: expected a mapping of {', '.join(Recipe.model_fields)}; "
+            f"found {found_text(document)}"
+        )
+    return document
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return _yaml().load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(f"{where}: not valid YAML{at}: {problem}") from None
+    except ValueError as error:  # a malformed scalar, such as the date 2024-13-45
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+
+
+def _override(document: dict[Any, Any], text: str, origins: dict[Key, str], shown: str) -> None:
+    """Set one `KEY=VALUE` in `document`, and note in `origins` which part of it that wrote."""
+    where = f"{shown}: --set {text}"
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"{where}: expected KEY=VALUE, such as train.learning_rate=1e-4")
+    parsed = _parse(value, where)
+    node, written = document, tuple(keys)
+    for depth, key in enumerate(keys[:-1], start=1):
+        child = node.get(key)
+        if child is None:
+            # The override makes this section, so what is missing in it is its own doing.
+            child = node[key] = {}
+            written = min(written, tuple(keys[:depth]), key=len)
+        if not isinstance(child, dict):
+            raise RecipeError(f"{where}: '{'.'.join(keys[:depth])}' has no keys below it")
+        node = child
+    if keys == ["method", "kind"] and node.get("kind") != parsed:
+        raise RecipeError(
+            f"{where}: the other keys of 'method' belong to {node.get('kind')!r}; "
+            f"set the whole section, such as --set 'method={{kind: zero_shot}}'"
+        )
+    node[keys[-1]] = parsed
+    origins.pop(written, None)  # so that the last writer of a key also comes last
+    origins[written] = text
+
+
+def _report(shown: str, found: Sequence[Problem], origins: dict[Key, str]) -> RecipeError:
+    lines = [_with_origin(problem, origins) for problem in found]
+    if len(lines) == 1:
+        return RecipeError(f"{shown}: {lines[0]}")
+    return RecipeError("\n  ".join([f"{shown}: {len(lines)} problems", *lines]))
+
+
+def _with_origin(problem: Problem, origins: dict[Key, str]) -> str:
+    """Put in front of a problem the last override that wrote one of its keys."""
+    for written, override in reversed(origins.items()):
+        if any(key[: len(written)] == written for key in problem.keys):
+            return f"--set {override}: {problem.text}"
+    return problem.text
+
+
+def _misfits(recipe: Recipe) -> Iterator[Problem]:
+    """Check what needs the other parts: the protocol's corpus, and what the prompt can say."""
+    # Imported here: whoever only wants the schema or the names needs neither.
+    from llm_emo import datasets, prompts, protocols
+
+    data, choice = recipe.data, recipe.prompt
+    dataset_key, protocol_key = ("data", "dataset"), ("data", "protocol")
+    prompt_key = ("prompt", "name")
+    if data.dataset not in datasets.names():
+        hint = nearest(data.dataset, datasets.names())
+        yield Problem(f"'data.dataset': no dataset {data.dataset!r}; {hint}", (dataset_key,))
+        return
+    try:
+        protocol = protocols.get(data.protocol)
+    except EmoError as error:
+        yield Problem(f"'data.protocol': {error}", (protocol_key,))
+        return
+    if protocol.dataset != data.dataset:
+        own = [known.name for known in protocols.of(data.dataset)]
+        yield Problem(
+            f"'data.protocol': {data.protocol!r} is a protocol of the dataset "
+            f"{protocol.dataset!r}, not of {data.dataset!r} (its own: {', '.join(own) or 'none'})",
+            (protocol_key, dataset_key),
+        )
+    try:
+        prompt = prompts.load(choice.name)
+        prompts.label_set(protocol.labels, prompt.language)
+    except EmoError as error:
+        yield Problem(f"'prompt.name': {error}", (prompt_key,))
+        return
+    if choice.history_window and prompt.turn is None:
+        yield Problem(
+            f"'prompt.history_window': found {choice.history_window}, but the prompt "
+            f"{choice.name!r} shows no history; set it to 0",
+            (("prompt", "history_window"), prompt_key),
+        )
+
+
+if __name__ == "__main__":
+    # python -m llm_emo.recipes > recipes/schema.json
+    sys.stdout.write(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
