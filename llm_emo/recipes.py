@@ -478,6 +478,18 @@ def _misfits(recipe: Recipe) -> Iterator[Problem]:
             f"{protocol.dataset!r}, not of {data.dataset!r} (its own: {', '.join(own) or 'none'})",
             (protocol_key, dataset_key),
         )
+    folds = protocol.partition in ("speakers", "sessions")
+    if folds and data.fold is None:
+        yield Problem(
+            f"missing key 'data.fold': {data.protocol} is cross-validated; name the fold that is "
+            "held out, from 0 on",
+            (("data", "fold"), protocol_key),
+        )
+    if not folds and data.fold is not None:
+        yield Problem(
+            f"'data.fold': found {data.fold}, but {data.protocol} has no folds; remove it",
+            (("data", "fold"), protocol_key),
+        )
     try:
         prompt = prompts.load(choice.name)
         prompts.label_set(protocol.labels, prompt.language)

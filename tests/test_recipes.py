@@ -1,5 +1,6 @@
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ HEX = "0123456789abcdef0123456789abcdef01234567"
 
 def document(name="mastodon/lora"):
     return YAML(typ="safe", pure=True).load(recipes.source(name).read_text(encoding="utf-8"))
+
+
+@lru_cache
+def fixture(dataset):
+    return datasets.load(dataset, Path(__file__).parent / "fixtures")
 
 
 def refusal(path, *overrides):
@@ -80,6 +86,15 @@ def test_a_shipped_recipe_does_what_its_name_says(name):
                 assert recipe.method.prefix_length == 32
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("p_tuning_v2")])
+def test_a_text_that_starts_a_prefix_names_every_label_as_the_prompt_does(name):
+    recipe = recipes.load(name)
+    if recipe.method.init_text is not None:
+        language = prompts.load(recipe.prompt.name).language
+        labels = prompts.label_set(protocols.get(recipe.data.protocol).labels, language)
+        assert all(word in recipe.method.init_text for word in labels.words)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_fits_the_fixture_of_its_corpus(name):
     recipe = recipes.load(name)
@@ -87,25 +102,16 @@ def test_a_shipped_recipe_fits_the_fixture_of_its_corpus(name):
     prompt = prompts.load(recipe.prompt.name)
     labels = prompts.label_set(protocol.labels, prompt.language)
     assert prompt.language == datasets.get(recipe.data.dataset).language
-    corpus = datasets.load(recipe.data.dataset, Path(__file__).parent / "fixtures")
-    rows = [
-        row
-        for split in corpus.values()
-        for row in (
-            (utterance, protocol.gold(utterance)) for utterance in datasets.utterances(split)
-        )
-        if row[1] is not None
-    ]
-    assert rows
-    assert {gold for _, gold in rows} <= set(labels.names)
     splits = protocols.rows(
         protocol,
-        corpus,
+        fixture(recipe.data.dataset),
         seed=recipe.seed,
         fold=recipe.data.fold,
         dev_fraction=recipe.data.dev_fraction,
     )
-    for row in (*splits.train, *splits.dev, *splits.test):
+    rows = (*splits.train, *splits.dev, *splits.test)
+    assert rows
+    for row in rows:
         example = prompt.render(row, labels, history_window=recipe.prompt.history_window)
         assert row.utterance.text.strip() in example.message
         assert example.answer == prompt.answer(labels.word(row.gold))
@@ -236,8 +242,7 @@ def test_all_problems_of_a_file_come_in_one_message(write):
 
 
 @pytest.mark.parametrize("name", ["mastodon/lora", "mastodon/p_tuning_v2", "iemocap/zero_shot"])
-def test_a_recipe_without_any_one_of_its_keys_is_refused_or_loses_only_an_option(name, write):
-    """No default hides: what a shipped file states cannot be left out unnoticed."""
+def test_no_default_hides_in_code_any_key_that_is_left_out_is_missed(name, write):
     for path in leaves(document(name)):
         shorter = document(name)
         node = shorter
@@ -245,10 +250,7 @@ def test_a_recipe_without_any_one_of_its_keys_is_refused_or_loses_only_an_option
             node = node[key]
         del node[path[-1]]
         file = write(json.dumps(shorter))
-        if path == ("data", "fold"):
-            assert recipes.load(str(file)).data.fold is None
-        else:
-            assert ".".join(path) in refusal(file)
+        assert f"'{'.'.join(path)}'" in refusal(file)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -391,6 +393,12 @@ def test_an_override_is_not_blamed_for_what_the_file_got_wrong(write):
         ("mastodon/lora", ["prompt.name=papre"], "did you mean 'paper'?"),
         ("mastodon/lora", ["data.protocol=sst2"], "not of 'mastodon' (its own: mastodon"),
         ("mastodon/lora", ["data.protocol=mastodon2"], "did you mean 'mastodon3'?"),
+        ("mastodon/lora", ["data.fold=0"], "mastodon3 has no folds; remove it"),
+        (
+            "iemocap/lora",
+            ["data.fold=null"],
+            "missing key 'data.fold': iemocap4 is cross-validated",
+        ),
         ("mastodon/lora", ["data.dataset=mastodn"], "did you mean 'mastodon'?"),
     ],
 )
