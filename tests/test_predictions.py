@@ -1,0 +1,337 @@
+"""Laws of predictions files: nothing is lost, doubled, or read from another job."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm_emo import metrics, predictions
+from llm_emo.errors import EmoError, JobFailed, PredictionsError
+from llm_emo.predictions import Header, Journal
+from llm_emo.types import Prediction
+
+LABELS = ("negative", "neutral", "positive")
+HEADER = Header(
+    protocol="mastodon3",
+    dataset="mastodon",
+    split="test",
+    labels=LABELS,
+    files={"test.txt": "0" * 64},
+    run="r1",
+    model="smollm2-135m",
+    revision=None,
+    adapter="f" * 16,
+    versions={"llm_emo": "0.1.0"},
+    mode="generate",
+    prompt="paper",
+)
+EVEN = dict.fromkeys(LABELS, 1 / 3)
+
+
+def prediction(uid: str, label: str | None = "positive", **changes: Any) -> Prediction:
+    fields: dict[str, Any] = {
+        "uid": uid,
+        "gold": "positive",
+        "label": label,
+        "outcome": "exact" if label else "none",
+        "completion": "Positive",
+    }
+    return Prediction(**{**fields, **changes})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "test.predictions.jsonl"
+
+
+@given(
+    texts=st.dictionaries(
+        st.text(),
+        st.none() | st.text(st.characters(exclude_categories=[])),
+        max_size=5,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_was_written_is_read_again(path: Path, texts: dict[str, str | None]) -> None:
+    # Two halves of a pair that stand apart in Python are one character to every JSON reader.
+    texts = {
+        uid: text and text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        for uid, text in texts.items()
+    }
+    rows = [
+        prediction(uid, completion=text, probabilities=EVEN if text else None)
+        for uid, text in texts.items()
+    ]
+    predictions.write(path, HEADER, rows)
+    assert predictions.read(path) == (HEADER, rows)
+
+
+def test_the_file_is_a_header_and_one_object_a_row(path: Path) -> None:
+    predictions.write(path, HEADER, [prediction("ä", completion="好\u2028\ud800")])
+    text = path.read_text(encoding="utf-8")
+    first, second, rest = text.split("\n")
+    assert rest == ""
+    assert json.loads(first)["protocol"] == "mastodon3"
+    assert list(json.loads(second)) == [
+        "uid",
+        "gold",
+        "completion",
+        "label",
+        "outcome",
+        "probabilities",
+    ]
+    assert "ä" in second
+    assert "好" in second
+    assert "\\ud800" in second
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(path: Path) -> None:
+    predictions.write(path, HEADER, [prediction("a")])
+    with pytest.raises(PredictionsError, match="uid 'b': stands twice"):
+        predictions.write(path, HEADER, [prediction("b"), prediction("b")])
+    assert [p.uid for p in predictions.read(path)[1]] == ["a"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": "positiv"}, "label 'positiv' is not in the label set; did you mean 'positive'"),
+        ({"gold": "good"}, "gold 'good' is not in the label set"),
+        ({"outcome": "none"}, "outcome 'none' with label 'positive', expected no label"),
+        ({"label": None, "outcome": "exact"}, "outcome 'exact' with label None, expected a label"),
+        ({"outcome": "exactly"}, "no outcome 'exactly'; did you mean 'exact'"),
+        ({"probabilities": {"positive": 1.0}}, "probabilities of .*, expected of"),
+        ({"probabilities": dict.fromkeys(LABELS, 0.3)}, "whose sum is 1"),
+        ({"probabilities": dict(zip(LABELS, (-0.5, 0.5, 1.0), strict=True))}, "from 0 to 1"),
+        ({"probabilities": dict.fromkeys(LABELS, float("nan"))}, "whose sum is 1"),
+    ],
+)
+def test_a_prediction_that_contradicts_itself_is_neither_written_nor_read(
+    path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PredictionsError, match=message):
+        predictions.write(path, HEADER, [prediction("a", **changes)])
+    assert not path.exists()
+    with Journal(path, HEADER) as journal, pytest.raises(PredictionsError, match=message):
+        journal.append(prediction("a", **changes))
+    if "nan" in str(changes):
+        message = "NaN is not a number of JSON"
+    spoil(path, lambda row: {**row, **changes})
+    with pytest.raises(PredictionsError, match=f"line 3.*{message}"):
+        predictions.read(path)
+
+
+def spoil(path: Path, change: Any) -> None:
+    """Write a header and two rows, the second one changed."""
+    good = {
+        "uid": "a",
+        "gold": "positive",
+        "completion": "x",
+        "label": "positive",
+        "outcome": "exact",
+        "probabilities": None,
+    }
+    lines = [HEADER.model_dump(mode="json"), good, change({**good, "uid": "b"})]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {**row, "uid": "a"}, "uid 'a': stands twice"),
+        (lambda row: {k: v for k, v in row.items() if k != "gold"}, "key 'gold' is missing"),
+        (lambda row: {**row, "lable": "x"}, "unknown key 'lable'; did you mean 'label'"),
+        (lambda row: {**row, "uid": 3}, "key 'uid': found 3, expected a string"),
+        (lambda row: {**row, "label": 3}, "key 'label': found 3, expected a string or null"),
+        (lambda row: {**row, "probabilities": [1]}, "found .1., expected an object of numbers"),
+        (lambda row: {**row, "probabilities": {"a": True}}, "expected an object of numbers"),
+        (lambda _: ["x"], "found .'x'., expected an object"),
+    ],
+)
+def test_a_malformed_row_is_refused_by_file_and_line(path: Path, change: Any, message: str) -> None:
+    spoil(path, change)
+    with pytest.raises(PredictionsError, match=message) as error:
+        predictions.read(path)
+    assert f"{path}, line 3" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n", "line 1: is not JSON"),
+        (b"{", "line 1: is not JSON"),
+        (b"\xff", "line 1: is not JSON.*utf-8"),
+        (b'{"uid": "a"}', "line 1: found a prediction, expected the header"),
+        (b'{"protocl": "a"}', "line 1: unknown key 'protocl'; did you mean 'protocol'"),
+        (b'{"protocol": "a"}', "line 1: key 'dataset' is missing"),
+        (b'{"split": "a", "split": "b"}', "a key stands twice"),
+    ],
+)
+def test_a_file_without_a_good_header_is_refused(path: Path, content: bytes, message: str) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(PredictionsError, match=message):
+        predictions.read(path)
+
+
+def test_a_missing_file_says_how_to_make_it(path: Path) -> None:
+    with pytest.raises(PredictionsError, match="make it with llm-emo predict"):
+        predictions.read(path)
+
+
+def test_a_journal_ends_in_the_order_of_the_split_and_removes_itself(path: Path) -> None:
+    with Journal(path, HEADER) as journal:
+        for uid in "cab":
+            journal.append(prediction(uid))
+        journal.finish(["a", "b", "c"])
+    assert [p.uid for p in predictions.read(path)[1]] == ["a", "b", "c"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@given(cut=st.integers(0, 2000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_job_cut_off_at_any_byte_continues_to_the_same_file(path: Path, cut: int) -> None:
+    uids = [f"uid {i} 好" for i in range(5)]
+    with Journal(path, HEADER) as journal:
+        journal.partial.unlink()
+    with Journal(path, HEADER) as journal:
+        for uid in uids:
+            journal.append(prediction(uid))
+    content = journal.partial.read_bytes()
+    cut = min(cut, len(content))
+    journal.partial.write_bytes(content[:cut])
+    with Journal(path, HEADER) as again:
+        assert len(again.done) == max(0, content[:cut].count(b"\n") - 1)
+        assert (again.note is not None) == (cut > 0 and content[cut - 1 : cut] != b"\n")
+        for uid in uids:
+            if uid not in again.done:
+                again.append(prediction(uid))
+        again.finish(uids)
+    assert predictions.read(path) == (HEADER, [prediction(uid) for uid in uids])
+
+
+def test_a_journal_of_another_job_is_refused(path: Path) -> None:
+    with Journal(path, HEADER) as journal:
+        journal.append(prediction("a"))
+    other = HEADER.model_copy(update={"adapter": "e" * 16, "mode": "score"})
+    with pytest.raises(PredictionsError, match="line 1: was begun under another adapter, mode"):
+        Journal(path, other)
+
+
+def test_a_spoiled_complete_line_is_refused_not_dropped(path: Path) -> None:
+    with Journal(path, HEADER) as journal:
+        journal.append(prediction("a"))
+    with journal.partial.open("ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(PredictionsError, match="line 3: key 'uid' is missing"):
+        Journal(path, HEADER)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (["a", "b", "c"], "1 uids have no prediction; run predict again.*the first: 'c'"),
+        (["a"], "1 uids belong to no row of the split.*the first: 'b'"),
+        (["a", "b", "b"], "1 uids stand twice in the split.*the first: 'b'"),
+    ],
+)
+def test_every_uid_stands_in_the_final_file_exactly_once_or_there_is_none(
+    path: Path, order: list[str], message: str
+) -> None:
+    with Journal(path, HEADER) as journal:
+        journal.append(prediction("a"))
+        journal.append(prediction("b"))
+        with pytest.raises(PredictionsError, match="uid 'b': stands twice"):
+            journal.append(prediction("b"))
+        with pytest.raises(PredictionsError, match=message):
+            journal.finish(order)
+    assert not path.exists()
+    assert journal.partial.exists()
+
+
+def test_a_full_disk_is_one_message_and_loses_no_complete_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(path, HEADER)
+    journal.append(prediction("a"))
+    journal.flush()
+    kept = journal.partial.read_bytes()
+    journal.append(prediction("b"))
+
+    def full(self: Journal) -> None:
+        self._file.write(self._pending[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_write_pending", full)
+        with pytest.raises(JobFailed, match=r"cannot be written: No space left.*make room"):
+            journal.flush()
+    assert journal.partial.read_bytes() == kept
+    journal.close()  # there is room again
+    assert [p.uid for p in predictions.read(journal.partial)[1]] == ["a", "b"]
+
+
+def test_a_full_disk_at_the_end_keeps_the_partial_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal(path, HEADER) as journal:
+        journal.append(prediction("a"))
+        journal.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr("llm_emo.predictions.Journal.flush", lambda self: None)
+            patch.setattr("os.fsync", full)
+            with pytest.raises(JobFailed, match="No space left on device"):
+                journal.finish(["a"])
+    assert list(path.parent.iterdir()) == [journal.partial]
+    assert JobFailed.exit_code == 1
+
+
+def test_a_report_is_the_contracts_object_with_outcome_counts() -> None:
+    rows = [
+        prediction("a", outcome="scored", probabilities=EVEN),
+        prediction("b", "negative", outcome="scored", probabilities=EVEN),
+    ]
+    report = predictions.report(HEADER, rows)
+    assert list(report)[:5] == ["n", "protocol", "dataset", "split", "accuracy"]
+    assert report["n"] == 2
+    assert report["protocol"] == "mastodon3"
+    assert report["accuracy"] == 0.5
+    assert report["outcomes"]["scored"] == 2
+    assert sum(report["outcomes"].values()) == 2
+    assert report["ece"] is not None
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_report_averages_over_the_protocols_labels() -> None:
+    header = HEADER.model_copy(update={"protocol": "mastodon-posneg"})
+    rows = [prediction("a"), prediction("b", "neutral", gold="negative")]
+    expected = metrics.point(
+        ["positive", "negative"], ["positive", "neutral"], LABELS, "f1", ("positive", "negative")
+    )
+    assert predictions.report(header, rows)["f1"] == expected
+    assert "f1" not in predictions.report(HEADER, rows)
+
+
+def test_rows_without_gold_are_counted_and_not_measured() -> None:
+    report = predictions.report(HEADER, [prediction("a"), prediction("b", gold=None)])
+    assert (report["n"], report["without_gold"], report["ece"]) == (1, 1, None)
+    with pytest.raises(EmoError, match="found 0 rows"):
+        predictions.report(HEADER, [prediction("b", gold=None)])
+
+
+def test_a_report_resamples_whole_groups() -> None:
+    rows = [prediction("a"), prediction("b", "negative")]
+    report = predictions.report(HEADER, rows, groups={"a": "d", "b": "d"})
+    assert report["ci"]["accuracy"] == [0.5, 0.5]
+    with pytest.raises(PredictionsError, match="uid 'b' belongs to no row of dataset mastodon"):
+        predictions.report(HEADER, rows, groups={"a": "d"})
