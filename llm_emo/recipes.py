@@ -79,6 +79,8 @@ class PromptChoice(_Section):
     """A shipped prompt, or the path of a prompt file."""
     history_window: int = Field(ge=0)
     """How many earlier turns of the dialogue are shown, in turns; 0 shows none."""
+    max_length: int = Field(ge=16)
+    """Tokens of one example, answer included; what is too long loses corpus text only."""
 
 
 class Model(_Section):
@@ -243,8 +245,6 @@ class Train(_Section):
     """Share of all steps over which the learning rate rises from zero."""
     max_grad_norm: float = Field(gt=0)
     """Gradients are scaled down to this norm."""
-    max_length: int = Field(ge=16)
-    """Tokens of one example, answer included; what is too long loses corpus text only."""
     evaluations_per_epoch: int = Field(ge=1)
     """How often an epoch is measured on dev; the best measured state is kept."""
     early_stopping_patience: int | None = Field(None, ge=1)

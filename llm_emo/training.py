@@ -6,6 +6,7 @@ processes, micro-batches and answer lengths: (x1 / n1) + (x2 / n2) is not (x1 + 
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import is_tensorboard_available
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from llm_emo import checkpoints
 from llm_emo.encoding import Encoded
@@ -156,6 +157,7 @@ class TrieTrainer(Trainer):
         self.batches, self.validate = batches, validate
         self.control: TrainerControl
         self.tokens_run = self.tokens_saved = self.examples = 0
+        self.seconds = 0.0
         super().__init__(
             model=model,
             args=args,
@@ -175,6 +177,25 @@ class TrieTrainer(Trainer):
         count = sum(int((batch["labels"] != -100).sum()) for batch in batch_samples)
         gathered = self.accelerator.gather(torch.tensor(count, device=device))
         return torch.as_tensor(gathered).sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch forward and backward, on the clock."""
+        started = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        return loss
+
+    def counts(self) -> dict[str, float]:
+        """Return this process's tokens run and saved, and the examples per second of all.
+
+        Time is that of forward and backward passes; evaluations and checkpoints are not in it.
+        """
+        rate = self.examples / self.seconds if self.seconds else 0.0
+        return {
+            "tokens_run": self.tokens_run,
+            "tokens_saved": self.tokens_saved,
+            "examples_per_second": rate * self.accelerator.num_processes,
+        }
 
     def compute_loss(
         self,
@@ -281,11 +302,10 @@ class EvaluateAndSave(TrainerCallback):
 
 
 def training_arguments(
-    folder: Path, train: Train, *, accumulation: int, seed: int, metric: str, tensorboard: Path
+    folder: Path, train: Train, *, accumulation: int, seed: int, metric: str
 ) -> TrainingArguments:
     """Translate a recipe's training section into the Trainer's arguments."""
     never = 10**9
-    track = is_tensorboard_available()
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.epochs,
@@ -314,7 +334,7 @@ def training_arguments(
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to=["tensorboard"] if track else [],
+        report_to=[],
         logging_nan_inf_filter=False,
     )
 
@@ -324,3 +344,12 @@ def stopping(train: Train) -> list[TrainerCallback]:
     if train.early_stopping_patience is None:
         return []
     return [EarlyStoppingCallback(early_stopping_patience=train.early_stopping_patience)]
+
+
+def tensorboard(folder: Path) -> list[TrainerCallback]:
+    """Return the callback that writes TensorBoard's files, where it is installed."""
+    if not is_tensorboard_available():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]

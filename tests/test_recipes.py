@@ -224,7 +224,7 @@ def test_a_misspelled_key_is_one_problem_with_the_nearest_name(write):
     assert refusal(path) == (
         f"{path}: unknown key 'train.learning_rat'; did you mean 'learning_rate'? "
         "(known: batch_size, early_stopping_patience, epochs, evaluations_per_epoch, "
-        "gradient_checkpointing, learning_rate, max_grad_norm, max_length, micro_batch_size, "
+        "gradient_checkpointing, learning_rate, max_grad_norm, micro_batch_size, "
         "schedule, warmup_ratio, weight_decay)"
     )
 

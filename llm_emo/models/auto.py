@@ -153,7 +153,7 @@ def _source(spec: recipes.Model) -> tuple[str, dict[str, Any]]:
             return spec.name, _revision(spec)
 
 
-class _explained:  # noqa: N801  # reads as a statement: with _explained(spec)
+class _explained:  # reads as a statement: `with _explained(spec)`
     """Turn what transformers raises on loading into one message for the user."""
 
     def __init__(self, spec: recipes.Model) -> None:

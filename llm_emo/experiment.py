@@ -1,0 +1,117 @@
+"""A recipe made concrete: its rows, labels and rendered examples. No model, no torch."""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm_emo import datasets, prompts, protocols
+from llm_emo.errors import ProtocolError
+from llm_emo.labels import LabelSet
+from llm_emo.prompts import Prompt
+from llm_emo.protocols import Protocol, Splits
+from llm_emo.recipes import Recipe
+from llm_emo.types import SPLITS, Example, Row, Split
+
+DATA_ROOT_VARIABLE = "LLM_EMO_DATA"
+
+
+def data_root(given: Path | None) -> Path | None:
+    """Return the data root: the one given, else the one in the environment."""
+    if given is None and (named := os.environ.get(DATA_ROOT_VARIABLE)):
+        given = Path(named)
+    return None if given is None else given.expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a recipe names, found and fitted together.
+
+    `files` are the SHA-256 sums of the corpus files by relative path; for a hub dataset, its id.
+    """
+
+    recipe: Recipe
+    root: Path | None
+    protocol: Protocol
+    prompt: Prompt
+    labels: LabelSet
+    splits: Splits
+    files: dict[str, str]
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, root: Path | None) -> "Experiment":
+        """Read the corpus and make the splits.
+
+        Raises:
+            DatasetError: corpus files are absent or malformed.
+            ProtocolError: the protocol belongs to another corpus.
+            PromptError: the prompt or a label's word is missing.
+        """
+        data = recipe.data
+        protocol = protocols.get(data.protocol)
+        if protocol.dataset != data.dataset:
+            known = ", ".join(p.name for p in protocols.of(data.dataset))
+            raise ProtocolError(
+                f"data.protocol: {protocol.name} is a protocol of {protocol.dataset}, not of "
+                f"{data.dataset} (known there: {known})"
+            )
+        prompt = prompts.load(recipe.prompt.name)
+        labels = prompts.label_set(protocol.labels, prompt.language)
+        corpus = datasets.load(data.dataset, root, hub=data.hub)
+        splits = protocols.rows(
+            protocol, corpus, seed=recipe.seed, fold=data.fold, dev_fraction=data.dev_fraction
+        )
+        files = {"hub": data.hub} if data.hub else datasets.file_hashes(data.dataset, root)
+        return cls(recipe, root, protocol, prompt, labels, splits, files)
+
+    def rows(self, split: Split) -> tuple[Row, ...]:
+        """Return a split's rows, capped by `data.limit`, in the corpus's order.
+
+        Which rows a cap keeps depends on the seed alone.
+
+        Raises:
+            ProtocolError: the split is empty.
+        """
+        rows = self.splits.get(split)
+        limit = getattr(self.recipe.data.limit, split, None) if self.recipe.data.limit else None
+        if limit is None or limit >= len(rows):
+            return rows
+        kept = random.Random(f"{self.recipe.seed}/{split}").sample(range(len(rows)), limit)
+        return tuple(rows[index] for index in sorted(kept))
+
+    def render(self, rows: Sequence[Row]) -> list[Example]:
+        """Render rows through the recipe's prompt."""
+        window = self.recipe.prompt.history_window
+        return [self.prompt.render(row, self.labels, history_window=window) for row in rows]
+
+    def examples(self, split: Split) -> list[Example]:
+        """Return a split's rendered examples."""
+        return self.render(self.rows(split))
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The text of every label's answer, in label order."""
+        return [self.prompt.answer(word) for word in self.labels.words]
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """What each uid is resampled with: its dialogue, or itself."""
+        return {
+            row.utterance.uid: row.utterance.dialogue or row.utterance.uid
+            for split in SPLITS
+            for row in getattr(self.splits, split)
+        }
+
+    def labels_json(self) -> dict[str, Any]:
+        """Return what `labels.json` holds."""
+        return {
+            "protocol": self.protocol.name,
+            "language": self.labels.language,
+            "names": list(self.labels.names),
+            "words": list(self.labels.words),
+            "answers": self.answers,
+            "aliases": dict(self.labels.aliases),
+        }

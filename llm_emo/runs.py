@@ -1,0 +1,208 @@
+"""The run folder: everything that a number depends on, beside the number.
+
+recipe.yaml          the recipe's text as it was read, and overrides.json
+prompt.yaml          the prompt file's text
+labels.json          label names, words, answers, aliases
+environment.json     versions, revisions, hashes of the corpus files, splits, hardware
+log.jsonl            one object a step or evaluation
+adapter/             what was learned, as stock PEFT reads it, and its fingerprint
+checkpoints/         to resume from
+<split>.predictions.jsonl, <split>.report.json
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llm_emo import __version__, recipes
+from llm_emo.errors import JobFailed, RunError
+from llm_emo.experiment import Experiment
+from llm_emo.recipes import Recipe
+from llm_emo.types import Split
+
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "datasets",
+    "safetensors", "scikit-learn", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; made by `create`, found again by `open_run`."""
+
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter lies."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training resumes from."""
+        return self.folder / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """The training log, JSON lines."""
+        return self.folder / "log.jsonl"
+
+    def predictions(self, split: Split) -> Path:
+        """Where the predictions of a split lie."""
+        return predictions_path(self.folder, split)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with the overrides that it was run with."""
+        overrides = json.loads((self.folder / "overrides.json").read_text("utf-8"))
+        return recipes.load(str(self.folder / "recipe.yaml"), overrides)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What `environment.json` holds."""
+        content: dict[str, Any] = json.loads((self.folder / "environment.json").read_text("utf-8"))
+        return content
+
+    @property
+    def id(self) -> str:
+        """The run's identity, which predictions carry."""
+        return str(self.environment["run"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return self.adapter.is_dir()
+
+
+def predictions_path(folder: Path, split: Split) -> Path:
+    """Return the name of a split's predictions file in `folder`."""
+    return folder / f"{split}.predictions.jsonl"
+
+
+def default_folder(recipe_path: Path) -> Path:
+    """Return `runs/<dataset folder>-<recipe>` under the working directory."""
+    return Path("runs") / f"{recipe_path.resolve().parent.name}-{recipe_path.stem}"
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run folder."""
+    return (path / "environment.json").is_file() and (path / "recipe.yaml").is_file()
+
+
+def open_run(folder: Path) -> Run:
+    """Return the run in `folder`.
+
+    Raises:
+        RunError: there is none.
+    """
+    if not is_run(folder):
+        raise RunError(f"{folder}: no run folder (it holds recipe.yaml and environment.json)")
+    return Run(folder)
+
+
+def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Experiment) -> Run:
+    """Make a run folder; it appears complete or not at all.
+
+    Raises:
+        RunError: the folder exists and is not empty.
+        JobFailed: it cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        what = "holds a run already" if is_run(folder) else "is not empty"
+        raise RunError(
+            f"{folder}: {what}; choose another folder with -o, or continue it with --resume"
+        )
+    run_id = f"{source.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "recipe.yaml").write_bytes(source.read_bytes())
+        write_json(partial / "overrides.json", list(overrides))
+        (partial / "prompt.yaml").write_text(experiment.prompt.verbatim, "utf-8")
+        write_json(partial / "labels.json", experiment.labels_json())
+        write_json(partial / "environment.json", environment(run_id, experiment))
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise JobFailed(f"{folder}: cannot be written: {error.strerror}") from error
+    return Run(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is complete or absent."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise JobFailed(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a number may depend on."""
+    found = {"llm_emo": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        found[name] = metadata.version(name)
+    return found
+
+
+def environment(run_id: str | None, experiment: Experiment) -> dict[str, Any]:
+    """Return what `environment.json` holds before a model is loaded."""
+    recipe = experiment.recipe
+    return {
+        "run": run_id,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "git_commit": _git_commit(),
+        "model": recipe.model.name,
+        "revision": recipe.model.revision,
+        "dataset": recipe.data.dataset,
+        "data_root": None if experiment.root is None else str(experiment.root),
+        "files": experiment.files,
+        "splits": experiment.splits.record,
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that the program runs from, `+` if it was changed."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+        inside = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
+        if commit.returncode or inside.returncode:
+            return None
+        changed = subprocess.run(
+            ["git", "-C", str(here), "diff", "--quiet", "HEAD"], capture_output=True
+        )
+    except OSError:
+        return None
+    return commit.stdout.strip() + ("+" if changed.returncode else "")
