@@ -33,9 +33,14 @@ _MASK = "\x00"  # `fold` leaves no control character but the line feed
 
 _PUNCTUATED = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "_": " ", "−": " "})
 
-_CLAUSE_END = re.compile(
-    rf"[.,;!?\n。，、；！？]|{_START}(?:but|however|therefore){_END}|但|而是|所以|因此"
-)
+_DASH = re.compile(r"(?<=\s)[-‐‑‒–]+(?=\s)|[—―]+")
+
+# Folding has made full-width commas, colons and marks ordinary ones.
+_TURN = rf"{_START}(?:but|however|therefore){_END}|但|而是|所以|因此"
+_CLAUSE_START = re.compile(rf"[.,;!?\n。、]|{_TURN}")
+# Behind a label a bracket or colon too ends what can negate it ("neutral (no emotion)"), and a
+# question mark does not ("joy? no").
+_CLAUSE_END = re.compile(rf"[.,;:!(\n。、]|{_TURN}")
 _NEGATION = re.compile(
     rf"{_START}(?:not|never|no|none|nor|neither|nothing|nobody|without|non|anti|un|hardly|barely"
     r"|scarcely|lack(?:s|ed|ing)?|absence|absent|devoid|cannot|cant|aint|opposite|except"
@@ -84,18 +89,19 @@ def fold(text: str) -> str:
     """Return `text` as answers and labels are compared.
 
     NFKC (full-width forms become ordinary ones) and case folding; typographic apostrophes
-    become plain; hyphens, dashes and underscores become spaces, so that "non-neutral",
-    "Non_neutral" and "non neutral" are one form; invisible format characters vanish; white
-    space is one space, or one line feed where a line ended.
+    become plain; hyphens and underscores become spaces, so that "non-neutral", "Non_neutral" and
+    "non neutral" are one form, and a dash between words becomes a comma; invisible format
+    characters vanish; white space is one space, or one line feed where a line ended.
 
     >>> fold("Ｎｏｎ–Ｎｅｕｔｒａｌ")
     'non neutral'
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    text = "".join(map(_plain, text.translate(_PUNCTUATED)))
+    text = _DASH.sub(", ", text.translate(_PUNCTUATED))
+    text = "".join(map(_plain, text))
     # Removing an invisible character can bring a letter and its accent together.
     text = unicodedata.normalize("NFKC", text)
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
+    return re.sub(r"\s+", lambda space: "\n" if "\n" in space.group() else " ", text).strip()
 
 
 def parse(text: str, labels: LabelSet, answer: Callable[[str], str] | None = None) -> Parsed:
@@ -194,7 +200,7 @@ def _doubtful(text: str, start: int, end: int, *, graded: bool) -> bool:
     counts only in a set that has grades: "extremely positive" beside "very positive" and
     "positive" is neither of them for sure.
     """
-    clause_start = max((match.end() for match in _CLAUSE_END.finditer(text, 0, start)), default=0)
+    clause_start = max((match.end() for match in _CLAUSE_START.finditer(text, 0, start)), default=0)
     before = text[clause_start:start]
     clause_end = _CLAUSE_END.search(text, end)
     after = text[end : clause_end.start() if clause_end else len(text)]

@@ -8,6 +8,7 @@ UTF-8 cannot hold, is written as its JSON escape.
 appended to, so a job that dies loses at most the rows since its last flush, and continues.
 """
 
+import errno
 import json
 import os
 import re
@@ -437,8 +438,9 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _disk_failed(path: Path, error: OSError) -> JobFailed:
-    """Return the one message for a disk that is full or failing."""
+    """Return the one message for a disk that is full or cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return JobFailed(
-        f"{path}: cannot be written: {error.strerror}; what was written before is kept: make room "
-        "and run the same command again"
+        f"{path}: cannot be written: {error.strerror}; what was written before is kept; "
+        f"{'make room' if full else 'make the folder writable'} and run the same command again"
     )

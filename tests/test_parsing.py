@@ -1,6 +1,7 @@
 """Laws of reading labels out of answers."""
 
 import random
+import time
 import unicodedata
 from typing import get_args
 
@@ -64,6 +65,13 @@ def test_answers_that_nearest_spelling_gets_wrong_are_read_right_or_not_at_all(
         ("The speaker doesn't quarrel, so it is neutral", "neutral", "contained"),
         ("It was never clear. Sadness", "sadness", "contained"),
         ("No, it is fear", "fear", "contained"),
+        ("Neutral (no strong emotion)", "neutral", "contained"),
+        ("Neutral: no strong emotion", "neutral", "contained"),
+        ("Neutral - no strong emotion", "neutral", "contained"),
+        ("Neutral—no strong emotion", "neutral", "contained"),
+        ("- Joy", "joy", "exact"),
+        ("— Joy —", "joy", "exact"),
+        ("Joy? No.", None, "ambiguous"),
         ("joyless", None, "none"),
         ("unhappy", None, "none"),
         ("unhappiness", None, "none"),
@@ -121,6 +129,8 @@ def test_an_english_answer_has_this_outcome(text: str, label: str | None, outcom
         ("非常高兴", "happy", "contained"),
         ("毫无疑问是愤怒", "anger", "contained"),
         ("他不说话，悲伤", "sad", "contained"),
+        ("中性（没有明显的情感）", "neutral", "contained"),
+        ("中性——没有明显的情感", "neutral", "contained"),
         ("不高兴", None, "ambiguous"),
         ("没有恐惧", None, "ambiguous"),
         ("并非愤怒", None, "ambiguous"),
@@ -262,6 +272,13 @@ def test_every_alias_parses_to_its_label(
     for alias, name in labels.aliases.items():
         parsed = parse(decorated(alias, chance), labels)
         assert (parsed.label, parsed.outcome) == (name, "alias"), alias
+
+
+def test_reading_takes_time_in_proportion_to_the_answer() -> None:
+    started = time.perf_counter()
+    for unit in (" ", "\n", "not ", "- ", "很", "jo", "\u0301"):
+        parse(unit * 50_000 + "joy", ENGLISH)
+    assert time.perf_counter() - started < 5
 
 
 def test_an_answer_form_may_be_kept_or_left_out() -> None:
