@@ -70,7 +70,7 @@ would_fetch_cuda() {
 # environment EXTRAS: make .venv hold the program with these extras ("" or "dev"). PYTHON is
 # then its interpreter.
 environment() {
-    local extras=$1 target=$ROOT stamp wanted python
+    local extras=$1 target=$ROOT stamps=$VENV/.llm_emo wanted python
     use_cache
     PYTHON=$VENV/bin/python
     if ! "$PYTHON" -c 'import sys' 2>/dev/null; then
@@ -79,29 +79,29 @@ environment() {
         "$python" -m venv --clear "$VENV" || fail "could not make $VENV"
     fi
     [ -z "$extras" ] || target="$ROOT[$extras]"
-    stamp=$VENV/.llm_emo-${extras:-base}
     # A clone that moved has another ROOT, and its editable install points nowhere.
-    wanted=$("$PYTHON" - "$ROOT" "$extras" <<'PY'
+    wanted=$("$PYTHON" - "$ROOT" <<'PY'
 import hashlib, pathlib, sys
 
-root, extras = sys.argv[1:]
-digest = hashlib.sha256(f"{root}\n{extras}\n{sys.version}\n".encode())
+root = sys.argv[1]
+digest = hashlib.sha256(f"{root}\n{sys.version}\n".encode())
 for name in ("pyproject.toml", "constraints.txt"):
     digest.update(pathlib.Path(root, name).read_bytes())
 print(digest.hexdigest())
 PY
 )
-    [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ] || return 0
+    [ "$(cat "$stamps-${extras:-base}" 2>/dev/null || true)" != "$wanted" ] || return 0
     say "installing llm_emo${extras:+[$extras]} into $VENV (once; later starts skip this)"
     if would_fetch_cuda; then
         say "note: no NVIDIA GPU here, but PyPI's torch brings several GB of CUDA packages;"
         say "      LLM_EMO_PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' avoids them"
     fi
-    rm -f -- "$stamp"
+    rm -f -- "$stamps-${extras:-base}"
     # shellcheck disable=SC2086  # LLM_EMO_PIP_ARGS is a list of options
     "$PYTHON" -m pip install ${LLM_EMO_PIP_ARGS:-} \
         -c "$ROOT/constraints.txt" -e "$target" >&2 \
         || fail "pip could not install llm_emo; its message is above. Offline or behind a mirror?" \
             "See the settings at the top of scripts/environment.sh"
-    printf '%s\n' "$wanted" >"$stamp"
+    printf '%s\n' "$wanted" >"$stamps-${extras:-base}"
+    printf '%s\n' "$wanted" >"$stamps-base"  # which every extra includes
 }

@@ -217,6 +217,8 @@ def test_the_environment_is_installed_once_and_again_when_the_pins_change(tmp_pa
         "-m|pip|install|--extra-index-url|https://example.invalid/simple|"
         f"-c|{clone.resolve()}/constraints.txt|-e|{clone.resolve()}[dev]|"
     )
+    install("")
+    assert len(log.read_text().splitlines()) == 2
     with (clone / "constraints.txt").open("a") as file:
         file.write("# newer\n")
     assert install("").stdout.strip() == f"{clone.resolve()}/.venv/bin/python"
