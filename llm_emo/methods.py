@@ -419,7 +419,10 @@ def check_fingerprint(folder: Path, expected: dict[str, str]) -> None:
             f"{path}: no such file; it is written by `llm-emo train`, and without "
             "it nobody knows which base model and prompt the adapter belongs to"
         )
-    found = json.loads(path.read_text("utf-8"))
+    try:
+        found = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: cannot be read as a JSON object: {error}") from error
     differing = [key for key in expected if found.get(key) != expected[key]]
     if differing:
         raise AdapterError(

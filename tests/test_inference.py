@@ -1,13 +1,13 @@
 import math
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_emo.inference import generate, passes, score, shared_length
 from llm_emo.trie import TokenTrie
-from tests import tiny
 
 few = settings(max_examples=10, deadline=None)
 architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -205,9 +205,7 @@ def test_generation_settings_of_the_checkpoint_do_not_leak_in():
 
 def test_any_of_several_end_tokens_ends_and_none_is_returned():
     model = tiny.model("llama")
-    [(_, free)] = generate(
-        model, [(3, 50)], ends=frozenset(), max_new_tokens=6, tokens_per_pass=50
-    )
+    [(_, free)] = generate(model, [(3, 50)], ends=frozenset(), max_new_tokens=6, tokens_per_pass=50)
     stop = free[2]
     cut = free[: free.index(stop)]
     ends = frozenset({stop, END})

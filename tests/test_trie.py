@@ -1,13 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_emo.errors import ModelError
 from llm_emo.trie import TokenTrie, TrieDecoder, masks_for, node_logits, verify
-from tests import tiny
 
 # Three symbols, so that random sequences share beginnings, repeat, and contain one another.
 few = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)
