@@ -54,6 +54,7 @@ def test_answers_that_nearest_spelling_gets_wrong_are_read_right_or_not_at_all(
         ("<joy>", "joy", "exact"),
         ("Joy 😊", "joy", "exact"),
         ("Ｊｏｙ！", "joy", "exact"),
+        ("𝐉𝐨𝐲", "joy", "exact"),
         ("j\u200boy", "joy", "exact"),
         ("angry", "anger", "alias"),
         ("Happy!", "joy", "alias"),

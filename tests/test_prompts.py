@@ -116,6 +116,14 @@ def test_the_window_counts_the_last_turns(
     assert example.history == tuple(f"Ann: turn {i}\n" for i in range(4 - shown, 4))
 
 
+def test_white_space_behind_an_empty_history_is_outer_white_space(prompt_file: PromptFile) -> None:
+    prompt = prompts.load(prompt_file(GOOD.replace("{history}To", "{history}\\nTo")))
+    labels = prompts.label_set(SENTIMENT, "en")
+    assert prompt.render(row("x"), labels).message.startswith("To Positive")
+    later = prompt.render(row("x", utterance("e", "Hi.")), labels)
+    assert later.message.startswith("Ann: Hi.\n\nTo Positive")
+
+
 def test_a_window_is_refused_where_the_prompt_shows_no_history() -> None:
     labels = prompts.label_set(SENTIMENT, "en")
     prompt = prompts.load("paper")
