@@ -186,6 +186,27 @@ def read_json(path: Path) -> Any:
         raise malformed(path, f"line {error.lineno}", error.msg, "JSON") from error
 
 
+def read_dialogues(path: Path) -> list[list[Any]]:
+    """Return the dialogues in a JSON file, each a list of lines.
+
+    Usually a list of lists. EmotionX files wrap the same lines: the file in an object that
+    holds one list, and each dialogue in an object that holds one.
+    """
+
+    def inner(value: Any, where: str) -> list[Any]:
+        if isinstance(value, dict):
+            lists = [item for item in value.values() if isinstance(item, list)]
+            value = lists[0] if len(lists) == 1 else value
+        if not isinstance(value, list):
+            raise malformed(path, where, value, "a list, or an object that holds one list")
+        return value
+
+    return [
+        inner(dialogue, f"dialogue {number}")
+        for number, dialogue in enumerate(inner(read_json(path), "top level"))
+    ]
+
+
 def read_csv(path: Path, encodings: Sequence[str] = ("utf-8-sig",)) -> list[list[str]]:
     """Return the rows of a comma-separated file as lists of text; quoted newlines survive."""
     return list(csv.reader(io.StringIO(read_text(path, encodings), newline="")))

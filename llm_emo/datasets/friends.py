@@ -9,7 +9,7 @@ also typographic quotes beside them, stay as they are.
 from pathlib import Path
 from typing import Any
 
-from llm_emo.datasets.base import Corpus, Hub, Layout, malformed, parse_choice, read_json
+from llm_emo.datasets.base import Corpus, Hub, Layout, malformed, parse_choice, read_dialogues
 from llm_emo.types import SPLITS, Utterance
 
 VOTES = ("neutral", "joy", "sadness", "fear", "anger", "surprise", "disgust")
@@ -34,7 +34,7 @@ def read(base: Path, part: str) -> list[Utterance]:
     """Read `friends_<part>.json`."""
     path = base / f"friends_{part}.json"
     rows = []
-    for number, dialogue in enumerate(unwrap(path, read_json(path))):
+    for number, dialogue in enumerate(read_dialogues(path)):
         for turn, line in enumerate(dialogue):
             where = f"dialogue {number}, turn {turn}"
             if not isinstance(line, dict) or not isinstance(line.get("utterance"), str):
@@ -52,27 +52,6 @@ def read(base: Path, part: str) -> list[Utterance]:
                 )
             )
     return rows
-
-
-def unwrap(path: Path, payload: Any) -> list[list[Any]]:
-    """Return the dialogues of a file, each a list of lines.
-
-    EmotionLines has a list of lists. EmotionX files wrap it: in an object with one list,
-    and each dialogue in an object with its lines under one key.
-    """
-
-    def inner(value: Any, where: str) -> list[Any]:
-        if isinstance(value, dict):
-            lists = [item for item in value.values() if isinstance(item, list)]
-            value = lists[0] if len(lists) == 1 else None
-        if not isinstance(value, list):
-            raise malformed(path, where, value, "a list, or an object that holds one list")
-        return value
-
-    return [
-        inner(dialogue, f"dialogue {number}")
-        for number, dialogue in enumerate(inner(payload, "top level"))
-    ]
 
 
 def _votes(path: Path, where: str, digits: Any) -> tuple[int, ...] | None:

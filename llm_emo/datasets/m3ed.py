@@ -41,10 +41,16 @@ def read_annotation(path: Path, movies: Path) -> list[Utterance]:
     annotation = read_json(path)
     rows = []
     for movie in read_lines(movies):
-        if movie.strip() not in annotation:
-            raise malformed(movies, "a series", movie, f"one that {path.name} annotates")
-        for dialogue, content in annotation[movie.strip()].items():
-            for turn, (uid, line) in enumerate(content["Dialog"].items()):
+        try:
+            dialogues = annotation[movie.strip()]
+        except (KeyError, TypeError):
+            raise malformed(movies, "a series", movie, f"one that {path.name} annotates") from None
+        for dialogue, content in dialogues.items():
+            try:
+                lines = content["Dialog"].items()
+            except (KeyError, TypeError, AttributeError):
+                raise malformed(path, dialogue, content, "an object with Dialog") from None
+            for turn, (uid, line) in enumerate(lines):
                 rows.append(_utterance(path, uid, dialogue, turn, line))
     return rows
 

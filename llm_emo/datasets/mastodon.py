@@ -13,7 +13,7 @@ from llm_emo.datasets.base import (
     Layout,
     malformed,
     parse_choice,
-    read_json,
+    read_dialogues,
     read_lines,
 )
 from llm_emo.types import SPLITS, Utterance
@@ -45,7 +45,7 @@ def read_json_files(base: Path, part: str) -> list[Utterance]:
     """Read `<part>.json`: a list of dialogues, each a list of utterance, sentiment, act."""
     path = base / f"{part}.json"
     rows = []
-    for dialogue, lines in enumerate(read_json(path)):
+    for dialogue, lines in enumerate(read_dialogues(path)):
         for turn, line in enumerate(lines):
             where = f"dialogue {dialogue}, turn {turn}"
             if not isinstance(line, dict) or not isinstance(line.get("utterance"), str):
