@@ -1,8 +1,11 @@
 """Examples to token ids: the template's specials as ids, everything else as plain text.
 
-Two rules. User text can never become a control token: whatever a corpus contains, the ids of
-the tokenizer's added tokens come from the chat template alone. And the template is never cut:
-when an example is too long, the oldest turns of the history go first, then the end of the text.
+Two rules. User text can never become a control token: whatever a corpus contains, their ids
+come from the chat template alone. And the template is never cut: when an example is too long,
+the oldest turns of the history go first, then the end of the text.
+
+Control tokens are a tokenizer's added tokens, except those of white space only: Gemma's line
+break and runs of spaces are added tokens too, and ordinary text.
 """
 
 import hashlib
@@ -34,6 +37,40 @@ class Encoded:
     dropped: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stands around the user's message: control tokens as ids, the rest as text.
+
+    `rendered` is the same as the template wrote it, before and behind the message; without a
+    template there is none. `trims` says on which sides it cuts white space off the message.
+    """
+
+    before: tuple[int | str, ...]
+    behind: tuple[int | str, ...]
+    rendered: tuple[str, str] | None = None
+    trims: tuple[bool, bool] = (False, False)
+
+    def around(self, message: str) -> list[int | str]:
+        """Return the whole prompt; plain stretches that touch are one.
+
+        Joined, because a tokenizer may merge across the seam of template and message, and the
+        model was trained on the merged form.
+        """
+        layout: list[int | str] = []
+        for part in (*self.before, message, *self.behind):
+            if layout and isinstance(part, str) and isinstance(layout[-1], str):
+                layout[-1] += part
+            else:
+                layout.append(part)
+        return layout
+
+    def cut(self, message: str) -> str:
+        """Return the message as the template shows it."""
+        left, right = self.trims
+        message = message.lstrip() if left else message
+        return message.rstrip() if right else message
+
+
 class Encoder:
     """Encodes examples for one tokenizer.
 
@@ -46,20 +83,22 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        added: dict[str, int] = {
-            token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
+        self._control: dict[str, int] = {
+            token.content: id_
+            for id_, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content.replace("▁", " ").strip()
         }
-        self._added = added
+        self._control_ids = frozenset(self._control.values())
         # Longest first, so that a token that begins like another is not torn.
-        names = sorted(added, key=len, reverse=True)
+        names = sorted(self._control, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
-        self._templates: dict[str | None, tuple[list[int | str], list[int | str]]] = {}
+        self._frames: dict[str | None, _Frame] = {}
 
     # --- the template ---------------------------------------------------------------------
 
-    def _chat(self, system: str | None, answer: str | None) -> str:
+    def _chat(self, system: str | None, user: str, answer: str | None) -> str:
         turns = [] if system is None else [{"role": "system", "content": system}]
-        turns.append({"role": "user", "content": _USER})
+        turns.append({"role": "user", "content": user})
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         # Reasoning models answer at once when told so; other templates ignore the switch.
@@ -72,40 +111,43 @@ class Encoder:
             )
         )
 
-    def _parts(self, text: str) -> list[int | str]:
-        """Split template text into the ids of added tokens and plain strings."""
+    def _parts(self, text: str) -> tuple[int | str, ...]:
+        """Split template text into the ids of control tokens and plain strings."""
         pieces = self._splitter.split(text) if self._splitter else [text]
-        parts: list[int | str] = []
-        for piece in filter(None, pieces):
-            known = self._added.get(piece)
-            parts.append(piece if known is None else known)
-        return parts
+        return tuple(self._control.get(piece, piece) for piece in pieces if piece)
 
-    def _template(self, system: str | None) -> tuple[list[int | str], list[int | str]]:
+    def _frame(self, system: str | None) -> _Frame:
         """Return what stands before and behind the user's message."""
-        if system not in self._templates:
-            if self.tokenizer.chat_template:
-                head, found, tail = self._chat(system, None).partition(_USER)
-                if not found:
-                    raise ModelError(
-                        f"{self.tokenizer.name_or_path}: the chat template does not show the "
-                        "user's message as it is; take a model whose template does"
-                    )
-                self._templates[system] = (self._parts(head), self._parts(tail))
-            else:
-                probe = self.tokenizer("a")["input_ids"]
-                bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-                lead: list[int | str] = list(probe[: len(probe) - len(bare)])
-                if system is not None:
-                    lead.append(f"{system}\n")
-                self._templates[system] = (lead, ["\n"])
-        return self._templates[system]
+        if system not in self._frames:
+            self._frames[system] = (
+                self._template(system) if self.tokenizer.chat_template else self._bare(system)
+            )
+        return self._frames[system]
+
+    def _template(self, system: str | None) -> _Frame:
+        head, found, tail = self._chat(system, _USER, None).partition(_USER)
+        if not found:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the chat template does not show the "
+                "user's message as it is; take a model whose template does"
+            )
+        left, _, right = self._chat(system, f" {_USER} ", None).partition(_USER)
+        trims = (left == head, right == tail)
+        return _Frame(self._parts(head), self._parts(tail), (head, tail), trims)
+
+    def _bare(self, system: str | None) -> _Frame:
+        probe = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        before: list[int | str] = list(probe[: len(probe) - len(bare)])
+        if system is not None:
+            before.append(f"{system}\n")
+        return _Frame(tuple(before), ("\n",))
 
     @cached_property
     def end(self) -> int:
         """The id that ends an answer: what the template puts behind it, else eos."""
         if self.tokenizer.chat_template:
-            rendered = self._chat(None, _ANSWER)
+            rendered = self._chat(None, _USER, _ANSWER)
             behind = self._parts(rendered.partition(_ANSWER)[2].lstrip())
             if behind and isinstance(behind[0], int):
                 return behind[0]
@@ -125,14 +167,13 @@ class Encoder:
         rows: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=True
         )["input_ids"]
-        control = set(self._added.values())
         return [
-            row if control.isdisjoint(row) else self._broken_up(text)
+            row if self._control_ids.isdisjoint(row) else self._broken_up(text)
             for text, row in zip(texts, rows, strict=True)
         ]
 
     def _broken_up(self, text: str) -> list[int]:
-        """Encode text that spells an added token which the tokenizer insists on.
+        """Encode text that spells a control token which the tokenizer insists on.
 
         `split_special_tokens` spares only the tokens marked as special; the others (a model's
         tool or reasoning marks) are torn here in their middle.
@@ -141,41 +182,57 @@ class Encoder:
         ids: list[int] = []
         for piece in self._splitter.split(text):
             halves = (piece[: len(piece) // 2], piece[len(piece) // 2 :])
-            for part in halves if piece in self._added else (piece,):
+            for part in halves if piece in self._control else (piece,):
                 if part:
                     ids += self.tokenizer(
                         part, add_special_tokens=False, split_special_tokens=True
                     )["input_ids"]
-        control = set(self._added.values())
-        # A one-character added token cannot be torn; it has no plain spelling.
-        return [id_ for id_ in ids if id_ not in control]
+        # A one-character token cannot be torn; it has no plain spelling.
+        return [id_ for id_ in ids if id_ not in self._control_ids]
 
     def _prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """Encode the whole prompts; plain stretches are joined before they are tokenized.
-
-        Joined, because a tokenizer may merge across the seam of template and message, and the
-        model was trained on the merged form.
-        """
-        layouts: list[list[int | str]] = []
-        for example in examples:
-            head, tail = self._template(example.system)
-            layout: list[int | str] = []
-            for part in [*head, example.message, *tail]:
-                if layout and isinstance(part, str) and isinstance(layout[-1], str):
-                    layout[-1] += part
-                else:
-                    layout.append(part)
-            layouts.append(layout)
-        texts = {part for layout in layouts for part in layout if isinstance(part, str)}
-        ids = dict(zip(texts, self._plain(list(texts)), strict=True))
-        return [
-            tuple(
-                token
-                for part in layout
-                for token in (ids[part] if isinstance(part, str) else (part,))
-            )
-            for layout in layouts
+        """Encode the whole prompts."""
+        frames = [self._frame(example.system) for example in examples]
+        messages = [
+            frame.cut(example.message) for frame, example in zip(frames, examples, strict=True)
         ]
+        return [
+            whole if whole is not None else self._in_parts(frame.around(message))
+            for frame, message, whole in zip(
+                frames, messages, self._wholes(frames, messages), strict=True
+            )
+        ]
+
+    def _wholes(
+        self, frames: Sequence[_Frame], messages: Sequence[str]
+    ) -> list[tuple[int, ...] | None]:
+        """Encode prompts as everybody does, in one go; None where that lets the text take control.
+
+        Only the tokenizer itself knows what its tokens do to the text beside them: some swallow
+        a line break, some take the mark of a word's beginning away.
+        """
+        texts = [
+            frame.rendered[0] + message + frame.rendered[1]
+            for frame, message in zip(frames, messages, strict=True)
+            if frame.rendered is not None
+        ]
+        rows = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        wholes: list[tuple[int, ...] | None] = []
+        for frame in frames:
+            row = next(rows) if frame.rendered is not None else None
+            expected = [part for part in (*frame.before, *frame.behind) if isinstance(part, int)]
+            harmless = row is not None and expected == [i for i in row if i in self._control_ids]
+            wholes.append(tuple(row) if row is not None and harmless else None)
+        return wholes
+
+    def _in_parts(self, layout: Sequence[int | str]) -> tuple[int, ...]:
+        """Encode a prompt stretch by stretch, so that no text becomes a control token."""
+        plain = iter(self._plain([part for part in layout if isinstance(part, str)]))
+        return tuple(
+            token
+            for part in layout
+            for token in (next(plain) if isinstance(part, str) else (part,))
+        )
 
     def answers(self, texts: Iterable[str]) -> list[tuple[int, ...]]:
         """Encode answers, each with the token that ends it.
@@ -208,13 +265,6 @@ class Encoder:
         def length(candidate: Example) -> int:
             return len(self._prompts([candidate])[0])
 
-        empty = replace(example, history=(), text="")
-        if length(empty) >= room:
-            raise PromptError(
-                f"row {example.uid}: the instruction, the labels and the answer take "
-                f"{length(empty) + self.max_length - room} of prompt.max_length = "
-                f"{self.max_length} tokens and leave none for the text; raise prompt.max_length"
-            )
         history = example.history
         while history and length(replace(example, history=history)) > room:
             history = history[1:]
@@ -228,6 +278,13 @@ class Encoder:
             else:
                 high = middle - 1
         short = replace(example, history=history, text=example.text[:low])
+        if low == 0 and (example.text or length(short) > room):
+            least = length(replace(example, history=(), text="")) + self.max_length - room
+            raise PromptError(
+                f"row {example.uid}: the instruction, the labels and the answer take {least} of "
+                f"prompt.max_length = {self.max_length} tokens and leave none for the text; "
+                "raise prompt.max_length"
+            )
         return self._prompts([short])[0], len(example.message) - len(short.message)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -239,10 +296,11 @@ class Encoder:
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()), ensure_ascii=False)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         model = backend.to_str() if backend is not None else vocabulary
+        frame = self._frame(None)
         return {
             # Truncation and padding are the caller's passing wishes, not the tokenizer's nature.
             "tokenizer": _sha256(_without(model, ("truncation", "padding"))),
-            "template": _sha256(json.dumps([str(part) for part in self._template(None)])),
+            "template": _sha256(json.dumps([list(frame.before), list(frame.behind)])),
         }
 
 

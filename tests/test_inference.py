@@ -63,7 +63,7 @@ def ending(model):
     return model
 
 
-# --- scoring --------------------------------------------------------------------------------
+# --- scoring -----------------------------------------------------------------------------------
 
 
 @architectures
@@ -128,7 +128,7 @@ def test_scoring_and_generating_leave_the_model_in_eval_mode_and_without_gradien
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- generating -------------------------------------------------------------------------------
+# --- generating --------------------------------------------------------------------------------
 
 
 @architectures
@@ -222,7 +222,7 @@ def test_one_new_token_is_one_forward_pass():
     assert len(calls) == 1
 
 
-# --- passes -------------------------------------------------------------------------------------
+# --- passes ------------------------------------------------------------------------------------
 
 
 @given(prompts=prompts_of, extra=st.integers(0, 9), budget=st.integers(1, 40))

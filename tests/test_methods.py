@@ -53,7 +53,7 @@ def backward(model, seed=0):
     return tiny.gradients(model)
 
 
-# --- what learns --------------------------------------------------------------------------------
+# --- what learns -------------------------------------------------------------------------------
 
 
 @architectures
@@ -114,7 +114,7 @@ def test_an_unknown_target_module_is_refused_with_the_known_ones():
         adapt(tiny.model(), tiny.lora(target_modules=("q_proj", "query_key_value")))
 
 
-# --- gradients: trie against every sequence alone ---------------------------------------------------
+# --- gradients: trie against every sequence alone ----------------------------------------------
 
 rows = st.lists(
     st.tuples(
@@ -205,7 +205,7 @@ def test_lora_learns_in_float32_over_a_bfloat16_base():
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-# --- the prefix -------------------------------------------------------------------------------------
+# --- the prefix --------------------------------------------------------------------------------
 
 
 @architectures
@@ -312,7 +312,7 @@ def test_prefix_dropout_acts_in_training_only():
     assert not torch.allclose(logits(model), logits(model))
 
 
-# --- on disk: stock PEFT ------------------------------------------------------------------------------
+# --- on disk: stock PEFT -----------------------------------------------------------------------
 
 
 @architectures
@@ -377,7 +377,7 @@ def test_a_prefix_that_stock_peft_trained_is_read_with_its_meaning(tmp_path):
     assert (logits(stock) - logits(model)).abs().max() < 3e-4
 
 
-# --- on disk: back into this program --------------------------------------------------------------------
+# --- on disk: back into this program -----------------------------------------------------------
 
 
 @architectures
@@ -435,7 +435,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(method, d
     save_file(state, path)
     model = tiny.adapted("llama", method, seed=9)
     before = logits(model)
-    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         load_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
 
@@ -468,11 +468,11 @@ def test_a_projected_prefix_needs_its_encoder_beside_it(tmp_path):
 def test_an_absent_or_broken_adapter_file_is_named(method, content, tmp_path):
     if content is not None:
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         load_adapter(tiny.adapted("llama", method), tmp_path)
 
 
-# --- fingerprints and untrained layers ------------------------------------------------------------------
+# --- fingerprints and untrained layers ---------------------------------------------------------
 
 FINGERPRINT = {"base": "a1", "tokenizer": "b2", "template": "c3", "labels": "d4"}
 

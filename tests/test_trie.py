@@ -27,7 +27,7 @@ def prefixes(sequences):
     return sorted(found)
 
 
-# --- the data structure -----------------------------------------------------------------------
+# --- the data structure ------------------------------------------------------------------------
 
 
 @given(few)
@@ -99,7 +99,7 @@ def test_no_sequence_and_an_empty_one_are_errors(sequences):
         TokenTrie.build(sequences)
 
 
-# --- exactness ----------------------------------------------------------------------------------
+# --- exactness ---------------------------------------------------------------------------------
 
 
 @architectures
@@ -191,7 +191,7 @@ def test_the_decoder_runs_a_shared_token_once():
     assert seen == [4, 3]
 
 
-# --- masks and models that cannot be used ---------------------------------------------------------
+# --- masks and models that cannot be used ------------------------------------------------------
 
 
 def test_only_sliding_layers_lose_what_lies_behind_their_window():

@@ -4,7 +4,9 @@ The weights are far from the usual small initial ones. With those, attention is 
 and logits nearly flat, so a wrong mask or a wrong rotation would hide in the rounding.
 """
 
+import json
 import os
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,16 +142,20 @@ def metaspace_tokenizer(*, template: str | None = TEMPLATE) -> PreTrainedTokeniz
     """Return a tokenizer that marks words as SentencePiece does, the first one included."""
     backend = Tokenizer(token_models.BPE(byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=sorted({c for s in _SENTENCES for c in s} | set("▁\n<|>/[]")),
+        vocab_size=300,
+        initial_alphabet=[*string.ascii_letters, *string.punctuation, "▁", "\n"],
         show_progress=False,
-        special_tokens=[*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))],
+        special_tokens=list(CONTROL),
     )
     backend.train_from_iterator(_SENTENCES, trainer)
+    # Bytes are plain entries of the vocabulary, not added tokens.
+    state = json.loads(backend.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    backend = Tokenizer.from_str(json.dumps(state))
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
