@@ -24,6 +24,9 @@ VADER = "vaderSentiment==3.3.2"
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 """The sdist (2.5 MB) with the rated texts; the wheel leaves them out."""
 
+# What pip prints of urllib3 when it retries; its last line says "no matching distribution".
+UNREACHED = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Max retries")
+
 
 def cache_dir() -> Path:
     """Return the cache folder, made if absent: LLM_EMO_CACHE, else the user's cache.
@@ -135,6 +138,8 @@ def _failure(requirement: str, sha256: str, source: bool, folder: Path, output: 
         reason = f"{sys.executable} has no pip; `python -m ensurepip` adds it"
     elif "DO NOT MATCH THE HASHES" in output:
         reason = "the package index gave a file of another hash, which was not used"
+    elif any(sign in output for sign in UNREACHED):
+        reason = "the index was not reached; is there a network?"
     else:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
