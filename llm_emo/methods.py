@@ -101,11 +101,16 @@ class PTuningV2Model(nn.Module):
         """The base model's config."""
         return self.base.config
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Recompute each layer in the backward pass; the prefix is kept."""
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        """Recompute layers in the backward pass; the prefix is kept."""
+        self.base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
+        )
 
     def prefix(self) -> Tensor:
         """Return the prefix, shape (P, 2M, G, D), before dropout."""

@@ -263,7 +263,13 @@ class TrieTrainer(Trainer):
         trained: tuple[int, int] = super()._init_training_state(*args)
         if self.state.best_global_step:  # the run folder may have been moved since
             self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
-        return trained
+        # A run whose patience was spent has ended; no epoch is left to it.
+        spent = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        return (int(args[2]), 0) if spent else trained
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -319,14 +325,15 @@ def training_arguments(
         warmup_steps=train.warmup_ratio,  # a float below 1 is a share of all steps
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch",
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_strategy="steps",
         logging_steps=1,
         eval_strategy="steps",  # `EvaluateAndSave` says when
         eval_steps=never,
         save_strategy="steps",
         save_steps=never,
+        restore_callback_states_from_checkpoint=True,  # a resume does not renew patience
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,

@@ -153,10 +153,10 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, method, switch
     torch.manual_seed(0)
     section = tiny.lora() if method == "lora" else tiny.p_tuning()
     if switch == "before":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     model = adapt(base, section)
     if switch == "after":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.load_state_dict(tiny.adapted(architecture, method).state_dict())
     runs = []
     layer = base.get_decoder().layers[0].mlp

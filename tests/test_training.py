@@ -1,0 +1,631 @@
+import itertools
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
+
+from llm_emo import checkpoints
+from llm_emo.encoding import Encoded
+from llm_emo.errors import JobFailed
+from llm_emo.methods import adapt, trainable_state, untrained
+from llm_emo.training import (
+    GHOST,
+    EvaluateAndSave,
+    GlobalBatches,
+    TrieTrainer,
+    answer_loss,
+    collate,
+    stopping,
+    training_arguments,
+)
+
+architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+methods = pytest.mark.parametrize("method", tiny.METHODS)
+
+ROWS = tiny.encoded(10)
+
+
+class Interrupted(Exception):
+    """Stands for a lost machine."""
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def rising(start=1):
+    """A validation whose metric always improves, so that the last state is the best."""
+    values = itertools.count(start)
+    return lambda model: {"f1": float(next(values))}
+
+
+def train(folder, model, section, *, rows=ROWS, validate=None, resume=False, stop_at=None, seed=3):
+    """Train as the program does, in this process; return the trainer."""
+    batches = GlobalBatches(
+        len(rows),
+        batch_size=section.batch_size,
+        micro_batch_size=section.micro_batch_size,
+        seed=seed,
+        rank=0,
+        world=1,
+    )
+    steps = math.ceil(len(rows) / section.batch_size)
+    trainer = TrieTrainer(
+        model,
+        training_arguments(
+            folder, section, accumulation=batches.accumulation, seed=seed, metric="f1"
+        ),
+        rows=rows,
+        batches=batches,
+        validate=validate or rising(),
+        callbacks=[
+            EvaluateAndSave(steps, section.evaluations_per_epoch),
+            *stopping(section),
+            *([InterruptAt(stop_at)] if stop_at is not None else []),
+        ],
+    )
+    checkpoint = checkpoints.newest(folder) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Interrupted:
+        assert stop_at is not None
+    return trainer
+
+
+def learned(model):
+    return torch.cat([tensor.flatten() for tensor in trainable_state(model).values()])
+
+
+def trail(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def padded_loss(model, rows):
+    """The mean loss that transformers computes on a padded batch with masked labels."""
+    ids = [torch.tensor(row.prompt + row.answer) for row in rows]
+    labels = [torch.tensor([-100] * len(row.prompt) + list(row.answer)) for row in rows]
+    return model(
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=0),
+        attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=-100),
+    ).loss
+
+
+# --- the loss ----------------------------------------------------------------------------------
+
+random_rows = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([3, 50, 200]), min_size=1, max_size=8).map(tuple),
+        st.lists(st.sampled_from([30, 31]), max_size=3).map(lambda ids: (*ids, 2)),
+    ).map(lambda pair: Encoded("row", *pair)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@architectures
+@given(rows=random_rows)
+@settings(max_examples=15, deadline=None)
+def test_the_loss_is_that_of_a_padded_batch(architecture, rows):
+    model = tiny.model(architecture)
+    tokens = sum(len(row.answer) for row in rows)
+    with torch.no_grad():
+        mean = answer_loss(model, collate(rows)) / tokens
+        assert float(mean) == pytest.approx(float(padded_loss(model, rows)), rel=1e-5)
+
+
+@architectures
+@methods
+def test_the_loss_of_an_adapted_model_is_that_of_a_padded_batch(architecture, method):
+    model = tiny.adapted(architecture, method)
+    tokens = sum(len(row.answer) for row in ROWS)
+    with torch.no_grad():
+        mean = answer_loss(model, collate(ROWS)) / tokens
+        assert float(mean) == pytest.approx(float(padded_loss(model, ROWS)), rel=1e-5)
+
+
+def test_a_row_that_stands_twice_counts_twice():
+    model, row = tiny.model(), ROWS[0]
+    with torch.no_grad():
+        once, twice = (answer_loss(model, collate([row] * n)) for n in (1, 2))
+    assert float(twice) == pytest.approx(2 * float(once), rel=1e-6)
+    assert len(collate([row] * 2)["trie"]) == len(collate([row])["trie"])
+
+
+@given(rows=random_rows)
+@settings(max_examples=50, deadline=None)
+def test_every_answer_token_is_a_target_and_no_prompt_token_is(rows):
+    batch = collate(rows)
+    path = {}  # node -> the tokens up to it
+    for row, nodes in zip(rows, batch["trie"].nodes.tolist(), strict=True):
+        sequence = row.prompt + row.answer[:-1]
+        path |= {node: sequence[: i + 1] for i, node in enumerate(nodes[: len(sequence)])}
+    found = Counter(
+        (path[int(batch["nodes"][at])], int(token))
+        for at, token in zip(batch["where"], batch["labels"], strict=True)
+    )
+    assert found == Counter(
+        (row.prompt + row.answer[:i], token) for row in rows for i, token in enumerate(row.answer)
+    )
+
+
+def test_the_first_logged_loss_is_the_mean_over_the_batch_s_answer_tokens(tmp_path):
+    model = tiny.adapted("llama", "lora")
+    with torch.no_grad():
+        expected = float(padded_loss(model, ROWS[:4]))
+    section = tiny.train(batch_size=4, micro_batch_size=1)
+    assert trail(train(tmp_path, model, section, rows=ROWS[:4])) == pytest.approx(
+        [expected], rel=1e-5
+    )
+
+
+def test_a_ghost_adds_nothing_but_is_part_of_the_graph():
+    model = tiny.adapted("llama", "lora").train()
+    loss = answer_loss(model, collate([None]))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert tiny.gradients(model).abs().max() == 0
+    alone, with_ghost = (collate([ROWS[0], *more]) for more in ([], [None]))
+    assert torch.equal(alone["labels"], with_ghost["labels"])
+
+
+@pytest.mark.parametrize("rows", [[], [Encoded("mute", (3, 4), ())]])
+def test_nothing_to_learn_from_is_an_error(rows, tmp_path):
+    with pytest.raises(JobFailed, match=r"no training rows|mute"):
+        train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(), rows=rows or [])
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+worlds = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(worlds, st.integers(1, 30), st.integers(0, 3), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_neither_processes_nor_micro_batches_change_which_rows_meet(shape, rows, epoch, seed):
+    world, micro, accumulation = shape
+    size = world * micro * accumulation
+    single = GlobalBatches(rows, batch_size=size, micro_batch_size=size, seed=seed, rank=0, world=1)
+    single.set_epoch(epoch)
+    shares = []
+    for rank in range(world):
+        own = GlobalBatches(
+            rows, batch_size=size, micro_batch_size=micro, seed=seed, rank=rank, world=world
+        )
+        own.set_epoch(epoch)
+        assert own.accumulation == accumulation
+        shares.append(list(own))
+        assert len(shares[-1]) == len(own)
+        assert all(1 <= len(batch) <= micro for batch in shares[-1])
+    assert len({len(share) for share in shares}) == 1, "processes would wait for each other"
+    seen = []
+    for number, step in enumerate(single):
+        turns = slice(number * accumulation, (number + 1) * accumulation)
+        together = [row for share in shares for batch in share[turns] for row in batch]
+        ghosts = together.count(GHOST)
+        assert sorted(together) == sorted([GHOST] * ghosts + step)
+        assert ghosts < world
+        seen += step
+    assert sorted(seen) == list(range(rows)), "every row once an epoch"
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch, noise):
+        torch.manual_seed(noise)
+        batches = GlobalBatches(50, batch_size=4, micro_batch_size=4, seed=seed, rank=0, world=1)
+        batches.set_epoch(epoch)
+        return [row for batch in batches for row in batch]
+
+    assert order(1, 0, 5) == order(1, 0, 6)
+    assert len({tuple(order(seed, epoch, 0)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_the_last_step_of_an_epoch_is_short():
+    batches = GlobalBatches(10, batch_size=4, micro_batch_size=2, seed=0, rank=0, world=1)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2]
+    assert len(batches) == 5
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="3 processes"):
+        GlobalBatches(10, batch_size=4, micro_batch_size=1, seed=0, rank=0, world=3)
+
+
+# --- one batch, however it is cut --------------------------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_micro_batches_do_not_change_training(method, micro, tmp_path):
+    # Ten rows of unequal answers in steps of ten: three epochs are three optimiser steps.
+    section = tiny.train(epochs=3, batch_size=10, micro_batch_size=10)
+    whole = train(tmp_path / "whole", tiny.adapted("llama", method), section)
+    cut = train(
+        tmp_path / "cut",
+        tiny.adapted("llama", method),
+        section.model_copy(update={"micro_batch_size": micro}),
+    )
+    assert cut.state.global_step == whole.state.global_step == 3
+    assert tiny.distance(learned(cut.model), learned(whole.model)) < 1e-5
+    assert trail(cut) == pytest.approx(trail(whole), rel=1e-5)
+    assert trail(cut, "grad_norm") == pytest.approx(trail(whole, "grad_norm"), rel=1e-4)
+
+
+@methods
+def test_a_short_last_step_weighs_its_own_tokens(method, tmp_path):
+    # Ten rows in steps of four: the third step has two rows, in one or two micro-batches.
+    section = tiny.train(epochs=2, batch_size=4, micro_batch_size=4)
+    whole = train(tmp_path / "whole", tiny.adapted("llama", method), section)
+    cut = train(
+        tmp_path / "cut",
+        tiny.adapted("llama", method),
+        section.model_copy(update={"micro_batch_size": 1}),
+    )
+    assert cut.state.global_step == whole.state.global_step == 6
+    assert tiny.distance(learned(cut.model), learned(whole.model)) < 1e-5
+
+
+@methods
+def test_gradient_checkpointing_does_not_change_training(method, tmp_path):
+    section = tiny.train(epochs=1)
+    plain = train(tmp_path / "a", tiny.adapted("gemma3", method), section)
+    saving = train(
+        tmp_path / "b",
+        tiny.adapted("gemma3", method),
+        section.model_copy(update={"gradient_checkpointing": True}),
+    )
+    decoder = saving.model.base if method == "p_tuning_v2" else saving.model.get_base_model()
+    assert all(layer.gradient_checkpointing for layer in decoder.model.layers)
+    assert tiny.distance(learned(saving.model), learned(plain.model)) < 1e-6
+
+
+def test_training_is_repeatable(tmp_path):
+    runs = [
+        train(tmp_path / name, tiny.adapted("llama", "lora", dropout=0.3), tiny.train(epochs=2))
+        for name in "ab"
+    ]
+    assert torch.equal(learned(runs[0].model), learned(runs[1].model))
+    assert trail(runs[0]) == trail(runs[1])
+
+
+# --- what is learned and logged ----------------------------------------------------------------
+
+
+@architectures
+@methods
+def test_training_lowers_the_loss_and_leaves_no_layer_untrained(architecture, method, tmp_path):
+    base = tiny.model(architecture)
+    model = adapt(base, tiny.lora() if method == "lora" else tiny.p_tuning())
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    section = tiny.train(
+        epochs=25, batch_size=10, micro_batch_size=10, learning_rate=0.1, schedule="constant"
+    )
+    losses = trail(train(tmp_path, model, section))
+    assert losses[-1] < 0.8 * losses[0]
+    assert untrained(model) == []
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_the_loss_is_logged_at_every_step(tmp_path):
+    trainer = train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=2))
+    steps = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(loss) for loss in trail(trainer))
+
+
+def test_tokens_run_and_saved_add_up(tmp_path):
+    trainer = train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=2))
+    tokens = 2 * sum(len(row.prompt) + len(row.answer) - 1 for row in ROWS)
+    assert trainer.tokens_run + trainer.tokens_saved == tokens
+    assert trainer.tokens_saved >= 2 * 3 * (10 - 3)  # three shared tokens, three steps an epoch
+    assert trainer.examples == 20
+
+
+def test_no_division_by_zero_hides_a_loss_that_is_not_a_number(tmp_path):
+    model = tiny.adapted("llama", "lora")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[7] = float("nan")
+    assert all(math.isnan(loss) for loss in trail(train(tmp_path, model, tiny.train())))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_learning_rate_follows_warm_up_and_schedule(schedule, warmup, tmp_path):
+    # Four epochs of ten rows in fives: eight steps, of which a quarter warms up.
+    section = tiny.train(
+        epochs=4,
+        batch_size=5,
+        micro_batch_size=5,
+        schedule=schedule,
+        warmup_ratio=warmup,
+        learning_rate=0.5,
+    )
+    trainer = train(tmp_path, tiny.adapted("llama", "p_tuning_v2"), section)
+    total, rise = 8, round(8 * warmup)
+
+    def rate(step):
+        if step < rise:
+            return step / rise
+        done = (step - rise) / (total - rise)
+        after = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1}
+        return after[schedule]
+
+    assert trail(trainer, "learning_rate") == pytest.approx([0.5 * rate(s) for s in range(8)])
+
+
+# --- choosing the best state -------------------------------------------------------------------
+
+
+def scripted(*values):
+    """A validation with given results, which keeps what the model was at each."""
+    results, states = iter(values), []
+
+    def validate(model):
+        states.append(learned(model).clone())
+        return {"f1": next(results), "loss_like": -1.0}
+
+    return validate, states
+
+
+@methods
+def test_the_best_state_on_dev_is_the_one_at_the_end(method, tmp_path):
+    validate, states = scripted(0.3, 0.9, 0.5, 0.6)
+    section = tiny.train(epochs=4)
+    trainer = train(tmp_path, tiny.adapted("llama", method), section, validate=validate)
+    assert len(states) == 4
+    assert trainer.state.best_global_step == 6
+    assert torch.equal(learned(trainer.model), states[1])
+    assert not torch.equal(states[1], states[3])
+
+
+def test_of_equal_states_the_earliest_is_kept(tmp_path):
+    validate, states = scripted(0.5, 0.5, 0.5)
+    trainer = train(
+        tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=3), validate=validate
+    )
+    assert torch.equal(learned(trainer.model), states[0])
+
+
+def test_training_stops_when_dev_no_longer_improves(tmp_path):
+    validate, states = scripted(0.3, 0.5, 0.4, 0.5, 0.9)
+    section = tiny.train(epochs=5, early_stopping_patience=2)
+    trainer = train(tmp_path, tiny.adapted("llama", "lora"), section, validate=validate)
+    assert len(states) == 4
+    assert trainer.state.global_step == 12
+    assert torch.equal(learned(trainer.model), states[1])
+
+
+def test_patience_is_not_renewed_by_a_resume(tmp_path):
+    section = tiny.train(epochs=6, early_stopping_patience=2)
+    validate, _ = scripted(0.5, 0.4, 0.3)
+    first = {"validate": validate, "stop_at": 6}  # interrupted after the evaluation that gave 0.4
+    train(tmp_path, tiny.adapted("llama", "lora"), section, **first)
+    second, states = scripted(0.3, 0.2, 0.1, 0.0)
+    trainer = train(tmp_path, tiny.adapted("llama", "lora"), section, validate=second, resume=True)
+    assert len(states) == 1
+    assert trainer.state.global_step == 9
+    assert trainer.state.best_global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "at"),
+    [(6, 1, [6, 12]), (6, 2, [3, 6, 9, 12]), (5, 2, [3, 5, 8, 10]), (2, 9, [1, 2, 3, 4])],
+)
+def test_evaluations_are_evenly_spaced_and_the_last_ends_the_epoch(steps, wanted, at):
+    callback = EvaluateAndSave(steps, wanted)
+    asked = []
+    for step in range(1, 2 * steps + 1):
+        control = SimpleNamespace(should_evaluate=False, should_save=False)
+        callback.on_step_end(None, SimpleNamespace(global_step=step), control)
+        assert control.should_evaluate == control.should_save
+        asked += [step] if control.should_save else []
+    assert asked == at
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    # It may leave the model in eval mode, or draw random numbers it should not.
+    def disturbing(model):
+        model.eval()
+        return {"f1": 1.0}
+
+    runs = [
+        train(
+            tmp_path / str(times),
+            tiny.adapted("llama", "lora", dropout=0.3),
+            tiny.train(epochs=2, evaluations_per_epoch=times),
+            validate=disturbing,
+        )
+        for times in (1, 3)
+    ]
+    assert trail(runs[0]) == trail(runs[1])
+
+
+# --- resuming ----------------------------------------------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("stop_at", [2, 3, 4, 5, 7])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(method, stop_at, tmp_path):
+    # Three steps an epoch, a checkpoint after the second and the third: interrupted in the first
+    # epoch, between epochs, in the middle of later ones, with and without steps to do again.
+    changes = {"dropout": 0.3}
+    section = tiny.train(epochs=3, evaluations_per_epoch=2, micro_batch_size=2, schedule="cosine")
+    straight = train(tmp_path / "a", tiny.adapted("llama", method, **changes), section)
+    train(tmp_path / "b", tiny.adapted("llama", method, **changes), section, stop_at=stop_at)
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    resumed = train(
+        tmp_path / "b",
+        tiny.adapted("llama", method, seed=5, **changes),
+        section,
+        resume=True,
+        validate=rising(10),
+    )
+    assert resumed.state.global_step == straight.state.global_step == 9
+    assert trail(resumed) == trail(straight)
+    assert trail(resumed, "learning_rate") == trail(straight, "learning_rate")
+    assert torch.equal(learned(resumed.model), learned(straight.model))
+
+
+def test_the_best_state_from_before_an_interruption_is_still_the_best(tmp_path):
+    section = tiny.train(epochs=4)
+    validate, states = scripted(0.9, 0.5)
+    model = tiny.adapted("llama", "lora")
+    train(tmp_path / "old", model, section, validate=validate, stop_at=6)
+    (tmp_path / "old").rename(tmp_path / "new")  # the run folder may move meanwhile
+    resumed = train(
+        tmp_path / "new",
+        tiny.adapted("llama", "lora"),
+        section,
+        validate=lambda model: {"f1": 0.6},
+        resume=True,
+    )
+    assert resumed.state.best_metric == 0.9
+    assert torch.equal(learned(resumed.model), states[0])
+
+
+def test_a_run_that_had_stopped_early_is_resumed_without_another_step(tmp_path):
+    section = tiny.train(epochs=6, early_stopping_patience=1)
+    validate, states = scripted(0.5, 0.4)
+    train(tmp_path, tiny.adapted("llama", "lora"), section, validate=validate)
+    better, _ = scripted(0.9)
+    again = train(tmp_path, tiny.adapted("llama", "lora"), section, validate=better, resume=True)
+    assert again.state.global_step == 6
+    assert torch.equal(learned(again.model), states[0])
+
+
+def test_a_finished_run_is_resumed_without_another_step(tmp_path):
+    section = tiny.train(epochs=2)
+    first = train(tmp_path, tiny.adapted("llama", "lora"), section)
+    again = train(tmp_path, tiny.adapted("llama", "lora", seed=5), section, resume=True)
+    assert again.state.global_step == first.state.global_step
+    assert torch.equal(learned(again.model), learned(first.model))
+
+
+# --- checkpoints on disk -----------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_newest_and_its_best_checkpoint_and_no_pickle(tmp_path):
+    validate, _ = scripted(0.3, 0.9, 0.5, 0.6)
+    train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=4), validate=validate)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-6"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def test_a_checkpoint_cut_off_while_written_is_never_chosen(tmp_path, monkeypatch):
+    section = tiny.train(epochs=3)
+    whole = checkpoints.save_optimizer
+
+    def failing(folder, optimizer, scheduler):
+        if folder.name == ".checkpoint-6.partial":
+            raise Interrupted
+        whole(folder, optimizer, scheduler)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_optimizer", failing)
+        train(tmp_path, tiny.adapted("llama", "lora"), section, stop_at=99)
+    assert (tmp_path / ".checkpoint-6.partial" / "trainable.safetensors").exists()
+    assert checkpoints.newest(tmp_path).name == "checkpoint-3"
+    resumed = train(tmp_path, tiny.adapted("llama", "lora", seed=5), section, resume=True)
+    assert resumed.state.global_step == 9
+    straight = train(tmp_path / "straight", tiny.adapted("llama", "lora"), section)
+    assert trail(resumed) == trail(straight)
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, math, os, sys
+from pathlib import Path
+import tiny
+from test_training import TrieTrainer, GlobalBatches, EvaluateAndSave, training_arguments, rising
+from llm_emo.methods import trainable_state
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+out = Path(sys.argv[1])
+result = {}
+for method in tiny.METHODS:
+    # Nine rows in fours: the last step has one row, and the second process a ghost.
+    rows, section = tiny.encoded(9), tiny.train(epochs=2, batch_size=4, micro_batch_size=1)
+    batches = GlobalBatches(
+        len(rows), batch_size=4, micro_batch_size=1, seed=3, rank=rank, world=world
+    )
+    arguments = training_arguments(
+        out / method, section, accumulation=batches.accumulation, seed=3, metric="f1"
+    )
+    trainer = TrieTrainer(
+        tiny.adapted("llama", method),
+        arguments,
+        rows=rows, batches=batches, validate=rising(), callbacks=[EvaluateAndSave(3, 1)],
+    )
+    assert trainer.args.world_size == world == int(sys.argv[2])
+    trainer.train()
+    result[method] = {
+        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "sum": [float(t.double().sum()) for t in trainable_state(trainer.model).values()],
+        "files": sorted(p.name for p in (out / method / "checkpoint-6").iterdir()),
+    }
+if rank == 0:
+    (out / "result.json").write_text(json.dumps(result))
+"""
+
+
+def launch(folder, processes):
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    here = Path(__file__).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # `accelerate launch --cpu --num_processes 2` starts one process unless MPI is there;
+    # `--multi_gpu` starts two wherever there is a device for each, or none.
+    # fmt: off
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", port, str(script), str(folder), "2",
+    ] if processes == 2 else [sys.executable, str(script), str(folder), "1"]
+    # fmt: on
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_loss_trail_of_one(tmp_path):
+    one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
+    for method in tiny.METHODS:
+        assert len(one[method]["loss"]) == 6
+        assert two[method]["loss"] == pytest.approx(one[method]["loss"], rel=1e-5)
+        assert two[method]["sum"] == pytest.approx(one[method]["sum"], rel=1e-4, abs=1e-4)
+        assert {"rng-0.json", "rng-1.json"} <= set(two[method]["files"])
