@@ -1,15 +1,15 @@
 """The errors a user can cause, each with one message that says what to do next.
 
-    EmoError                  exit 2: wrong input; the message is the whole report
-    ├── DatasetError          a corpus file is missing, malformed or empty
-    ├── ProtocolError         rows and label sets do not fit, or numbers are not comparable
-    ├── PromptError           a prompt file is malformed
-    ├── RecipeError           a recipe or an override is malformed
-    ├── ModelError            a base model or tokenizer cannot be used
-    ├── AdapterError          an adapter does not belong to this base, tokenizer, prompt or labels
-    ├── PredictionsError      a predictions file is malformed or belongs to something else
-    └── RunError              a run folder is unusable (exists, absent, incomplete)
-    JobFailed                 exit 1: the input was right, the machine failed (disk, network, memory)
+EmoError                  exit 2: wrong input; the message is the whole report
+├── DatasetError          a corpus file is missing, malformed or empty
+├── ProtocolError         rows and label sets do not fit, or numbers are not comparable
+├── PromptError           a prompt file is malformed
+├── RecipeError           a recipe or an override is malformed
+├── ModelError            a base model or tokenizer cannot be used
+├── AdapterError          an adapter does not belong to this base, tokenizer, prompt or labels
+├── PredictionsError      a predictions file is malformed or belongs to something else
+└── RunError              a run folder is unusable (exists, absent, incomplete)
+JobFailed                 exit 1: the input was right, the machine failed (disk, network, memory)
 """
 
 import difflib

@@ -39,7 +39,9 @@ class LabelSet:
             if name not in self.names:
                 raise ValueError(f"alias {alias!r} points at {name!r}, which is not a label")
             if taken.setdefault(alias.casefold(), name) != name:
-                raise ValueError(f"{alias!r} stands for two labels: {taken[alias.casefold()]}, {name}")
+                raise ValueError(
+                    f"{alias!r} stands for two labels: {taken[alias.casefold()]}, {name}"
+                )
 
     def word(self, name: str) -> str:
         """Return the word of the label called `name`."""
