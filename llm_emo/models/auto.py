@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -102,14 +103,20 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
     tokenizer = load_tokenizer(spec)
     with _explained(spec):
         AutoConfig.from_pretrained(source, trust_remote_code=False, **_revision(spec))
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map={"": where},
             attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,  # a pickled checkpoint is code
+            output_loading_info=True,
             **arguments,
+        )
+    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise ModelError(
+            f"{spec.name}: its checkpoint lacks {len(info['missing_keys'])} of the model's "
+            f"tensors, such as {min(info['missing_keys'])}; is it complete?"
         )
     if spec.quantization == "nf4" and where.type == "cpu":
         # On CPUs with AVX512-BF16 an eval-mode forward repacks the weights in place, and the
@@ -153,6 +160,9 @@ def _source(spec: recipes.Model) -> tuple[str, dict[str, Any]]:
             return spec.name, _revision(spec)
 
 
+_EXPECTED = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
 class _explained:  # reads as a statement: `with _explained(spec)`
     """Turn what transformers raises on loading into one message for the user."""
 
@@ -163,7 +173,7 @@ class _explained:  # reads as a statement: `with _explained(spec)`
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, OSError | ValueError | KeyError | ImportError):
+        if not isinstance(error, _EXPECTED) or isinstance(error, torch.OutOfMemoryError):
             return
         name = self.spec.name
         text = " ".join(str(error).split())

@@ -46,12 +46,10 @@ def _complete(target: Path) -> bool:
     """Whether every file of the manifest is there with its size; hashes are taken on making."""
     try:
         manifest = json.loads((target / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all(
-        (target / name).is_file() and (target / name).stat().st_size == entry["bytes"]
-        for name, entry in manifest["files"].items()
-    )
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        return all((target / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # absent, or damaged in whatever way: it is made again
 
 
 def _make(wheel: Path, target: Path) -> None:
