@@ -177,7 +177,8 @@ def show(
 
 @app.command(
     epilog="Example: `llm-emo train mastodon/lora --data-root ~/corpora -o runs/mastodon "
-    "--set train.epochs=1`; on several processes: `accelerate launch -m llm_emo train ...`"
+    "--set train.epochs=1`; on two devices: `accelerate launch --multi_gpu --num_processes 2 "
+    "-m llm_emo train ...` (without a GPU: two processes on the CPU)"
 )
 def train(
     recipe: Recipe_,
@@ -191,9 +192,7 @@ def train(
 ) -> None:
     """Train the recipe's method; the best state on dev is kept, the test split is never read."""
     _quiet()
-    from accelerate import PartialState
-
-    from llm_emo import runs, workflow
+    from llm_emo import runs
     from llm_emo.recipes import source as find
 
     source = find(recipe)
@@ -202,22 +201,32 @@ def train(
         run = runs.open_run(folder)
         if set_:
             raise RunError("--resume continues the run as it was begun; leave out --set")
-        experiment = _reopen(run, None, data_root)
         if run.finished:
             raise RunError(f"{folder}: training has finished; see `llm-emo evaluate {folder}`")
+        if source.read_bytes() != (run.folder / "recipe.yaml").read_bytes():
+            raise RunError(
+                f"{folder}: was begun with another recipe than {source}; to continue it, name "
+                f"its own: {run.folder / 'recipe.yaml'}"
+            )
+        experiment = _reopen(run, None, data_root)
     else:
+        runs.require_free(folder)
         experiment, source = _experiment(recipe, set_, data_root)
         if experiment.recipe.train is None:
             raise RecipeError(
                 f"{source}: method zero_shot trains nothing; see `llm-emo evaluate {recipe}`"
             )
-        state = PartialState()
+    # The heavy half, only for input that fits.
+    from llm_emo import workflow
+
+    job = workflow.prepare(experiment)
+    state = workflow.processes()
+    if not resume:
         if state.is_main_process:
             runs.create(folder, source, set_ or [], experiment)
         state.wait_for_everyone()
-        run = runs.Run(folder)
-    summary = workflow.train(experiment, run, resume=resume)
-    if PartialState().is_main_process:
+    summary = workflow.train(job, runs.Run(folder), resume=resume)
+    if state.is_main_process:
         _print({"run": str(folder), **summary}, json_, _show_training)
 
 
@@ -236,7 +245,8 @@ def predict(
     """Write `<split>.predictions.jsonl`; interrupted, it continues where it stopped."""
     _quiet()
     path, _ = _predicted(source, _split(split), mode, output, data_root, set_)
-    _print({"predictions": str(path)}, json_, lambda result: typer.echo(result["predictions"]))
+    if _first_process():
+        _print({"predictions": str(path)}, json_, lambda result: typer.echo(result["predictions"]))
 
 
 @app.command(
@@ -276,6 +286,8 @@ def evaluate(
         path, experiment = _predicted(source, _split(split), mode, output, data_root, set_)
         header, rows = predictions.read(path)
         groups = experiment.clusters
+        if not _first_process():
+            return
     report = predictions.report(header, rows, groups)
     report["ci_unit"] = "row" if groups is None else "dialogue"
     runs.write_json(path.with_name(path.name.replace(".predictions.jsonl", ".report.json")), report)
@@ -298,12 +310,14 @@ def export(
     """Write the adapter for use elsewhere; stock PEFT and transformers read it."""
     _quiet()
     from llm_emo import runs
-    from llm_emo.export import export as write
 
     if format_ not in ("peft", "merged"):
         raise RunError(f"--format: {format_!r} is not known; peft or merged")
     opened = runs.open_run(run)
-    write(_reopen(opened, set_, data_root), opened, output, cast("Any", format_))
+    experiment = _reopen(opened, set_, data_root)
+    from llm_emo.export import export as write
+
+    write(experiment, opened, output, cast("Any", format_))
     _print({"exported": str(output), "format": format_}, json_,
            lambda result: typer.echo(result["exported"]))  # fmt: skip
 
@@ -355,7 +369,7 @@ def _predicted(
     root: Path | None,
     overrides: list[str] | None,
 ) -> tuple[Path, "Experiment"]:
-    from llm_emo import recipes, runs, workflow
+    from llm_emo import recipes, runs
 
     changes = list(overrides or [])
     if mode is not None:
@@ -375,14 +389,20 @@ def _predicted(
                 f"`llm-emo train {source}`; then name its run folder here"
             )
         run, folder = None, output or runs.default_folder(path)
+    experiment.rows(split)  # an empty split is refused before torch is loaded
+    from llm_emo import workflow
+
     return workflow.predict(experiment, run, split, folder), experiment
 
 
 def _quiet() -> None:
-    """Keep libraries' advertisements and repeated notices off the terminal."""
+    """Set what libraries read on import: fewer notices on the terminal, no spinning threads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    # OpenMP's threads spin while they wait for one another. On a machine that does anything else
+    # besides, they then wait for a core that a spinning one holds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import logging
     import warnings
 
@@ -423,6 +443,11 @@ def _show_training(result: dict[str, Any]) -> None:
     show_training(result)
 
 
+def _first_process() -> bool:
+    """Whether this is the process that prints, among those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -448,5 +473,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    # Wrong input is wrong in every process, a failing machine perhaps in one.
+    if _first_process() or code == 1:
+        typer.echo(f"error: {message}", err=True)
     raise SystemExit(code)

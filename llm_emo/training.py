@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -166,6 +167,8 @@ class TrieTrainer(Trainer):
             data_collator=collate,
             callbacks=list(callbacks),
         )
+        # It would print every log entry on stdout, where results belong.
+        self.remove_callback(PrinterCallback)
         # The loss below is divided by the whole step's answer tokens already.
         self.loss_is_scaled_for_ga = True
 
