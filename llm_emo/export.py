@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llm_emo import methods, recipes, runs
+from llm_emo import recipes, runs
 from llm_emo.encoding import Encoder
-from llm_emo.errors import AdapterError, JobFailed, RunError
+from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
 from llm_emo.inference import score
 from llm_emo.models import auto
-from llm_emo.workflow import Labeller, open_labeller
+from llm_emo.workflow import Labeller, open_labeller, writing
 
 Format = Literal["peft", "merged"]
 
@@ -28,27 +28,27 @@ def export(experiment: Experiment, run: runs.Run, folder: Path, format: Format) 
         AdapterError: this method cannot be merged.
         JobFailed: the folder cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: is not empty; choose another folder with -o")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise RunError(f"{folder}: {what}; choose another folder with -o")
     if not run.finished:
         raise RunError(f"{run.folder}: training has not finished; continue it with --resume")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        match format:
-            case "peft":
-                _peft(experiment, run, partial)
-            case "merged":
-                _merged(experiment, run, partial)
-        shutil.copy(run.folder / "prompt.yaml", partial)
-        shutil.copy(run.folder / "labels.json", partial)
-        (partial / "README.md").write_text(_card(experiment, run, format), "utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise JobFailed(f"{folder}: cannot be written: {error}") from error
+        with writing(folder, "make room and export again"):
+            partial.mkdir(parents=True)
+            match format:
+                case "peft":
+                    _peft(experiment, run, partial)
+                case "merged":
+                    _merged(experiment, run, partial)
+            shutil.copy(run.folder / "prompt.yaml", partial)
+            shutil.copy(run.folder / "labels.json", partial)
+            (partial / "README.md").write_text(_card(experiment, run, format), "utf-8")
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -71,15 +71,15 @@ def _merged(experiment: Experiment, run: runs.Run, folder: Path) -> None:
             "merging into a quantised base would round the merged weights again; load the base "
             "unquantised for the merge: --set model.quantization=none"
         )
+    if isinstance(experiment.recipe.method, recipes.PTuningV2):
+        raise AdapterError(
+            "P-Tuning v2 adds keys and values, which no weight of the base model holds, so "
+            "there is nothing to merge; use --format peft"
+        )
     labeller = open_labeller(experiment, run)
     match labeller.model:
         case PeftModel():
             merged: nn.Module = labeller.model.merge_and_unload()
-        case methods.PTuningV2Model():
-            raise AdapterError(
-                "P-Tuning v2 adds keys and values, which no weight of the base model holds, so "
-                "there is nothing to merge; use --format peft"
-            )
         case model:
             merged = model
     merged.config.use_cache = True  # type: ignore[union-attr]
@@ -95,14 +95,23 @@ def _card(experiment: Experiment, run: runs.Run, format: Format) -> str:
         if format == "peft"
         else "AutoModelForCausalLM.from_pretrained(FOLDER)"
     )
-    revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
+    match recipe.model.origin:
+        case "bundled":
+            where = (
+                " (bundled with llm_emo; its folder: "
+                '`python -c "from llm_emo.models import bundled; print(bundled.folder())"`)'
+            )
+        case "hub":
+            where = f" at revision {recipe.model.revision}"
+        case "folder":
+            where = ""
     return f"""---
 library_name: {"peft" if format == "peft" else "transformers"}
 base_model: {recipe.model.name}
 ---
 # {experiment.protocol.name}: {recipe.method.kind}, run {run.id}
 
-- base model: {recipe.model.name}{revision}
+- base model: {recipe.model.name}{where}
 - labels: {", ".join(experiment.labels.words)}
 - protocol: {experiment.protocol.name} (corpus {experiment.protocol.dataset})
 - load: `{load}`

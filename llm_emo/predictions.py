@@ -35,8 +35,11 @@ class Header(BaseModel):
     """What made the predictions; predictions under different headers never share a file.
 
     `files` are the SHA-256 sums of the corpus files, `adapter` is the adapter's fingerprint,
-    `versions` are those of the packages that matter to the numbers. `run`, `revision`,
-    `adapter` and `prompt` are null where there is none, as for a zero-shot run or a baseline.
+    `versions` are those of the packages that matter to the numbers. `prompt` is the prompt's
+    name and a hash of its text, `name@<12 hex digits>`. `settings` hashes what else of the
+    recipe can change a row: data with its limits, history window, dtype, quantization, method,
+    seed, how answers are read. `run`, `revision`, `adapter`, `prompt` and `settings` are null
+    where there is none, as for a zero-shot run or a baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +56,7 @@ class Header(BaseModel):
     versions: dict[str, str]
     mode: Literal["score", "generate"]
     prompt: str | None
+    settings: str | None = None
 
 
 def write(path: Path, header: Header, predictions: Iterable[Prediction]) -> None:

@@ -57,10 +57,12 @@ def _trained(experiment: Experiment, source: Path, target: Path) -> runs.Run:
         if run.finished:
             workflow.say(f"{target}: already trained")
             return run
-        workflow.train(experiment, run, resume=True)
+        workflow.train(workflow.prepare(experiment), run, resume=True)
         return run
+    runs.require_free(target)
+    job = workflow.prepare(experiment)
     run = runs.create(target, source, [], experiment)
-    workflow.train(experiment, run, resume=False)
+    workflow.train(job, run, resume=False)
     return run
 
 

@@ -63,7 +63,8 @@ class Data(_Section):
     protocol: str = Field(min_length=1)
     """Rows, classes and metrics; must be one of the corpus's protocols."""
     hub: str | None = Field(None, min_length=1)
-    """Read the corpus from this Hugging Face dataset (id or local folder), not the data root."""
+    """Read the corpus from this Hugging Face dataset instead of the data root: an id with its
+    revision, `owner/name@revision`, or a local folder."""
     fold: int | None = Field(None, ge=0)
     """Which fold of a cross-validation protocol is the test split."""
     dev_fraction: float = Field(gt=0, lt=1)

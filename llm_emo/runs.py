@@ -10,9 +10,11 @@ checkpoints/         to resume from
 <split>.predictions.jsonl, <split>.report.json
 """
 
+import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import uuid
@@ -33,6 +35,9 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "datasets",
     "safetensors", "scikit-learn", "numpy",
 )  # fmt: skip
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What the operating system says when the disk is full, failing, or not ours to write on."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,20 @@ def open_run(folder: Path) -> Run:
     return Run(folder)
 
 
+def require_free(folder: Path) -> None:
+    """Refuse a folder in which something lies.
+
+    Raises:
+        RunError: the folder exists and is not empty, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; choose another folder with -o")
+    if folder.exists() and any(folder.iterdir()):
+        what = "holds a run already" if is_run(folder) else "is not empty"
+        or_else = ", or continue it with --resume" if is_run(folder) else ""
+        raise RunError(f"{folder}: {what}; choose another folder with -o{or_else}")
+
+
 def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Experiment) -> Run:
     """Make a run folder; it appears complete or not at all.
 
@@ -116,11 +135,7 @@ def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Exp
         RunError: the folder exists and is not empty.
         JobFailed: it cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()):
-        what = "holds a run already" if is_run(folder) else "is not empty"
-        raise RunError(
-            f"{folder}: {what}; choose another folder with -o, or continue it with --resume"
-        )
+    require_free(folder)
     run_id = f"{source.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -135,6 +150,8 @@ def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Exp
         partial.rename(folder)
     except OSError as error:
         raise JobFailed(f"{folder}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Run(folder)
 
 

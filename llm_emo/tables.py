@@ -57,7 +57,8 @@ def show_inventory(result: dict[str, Any]) -> None:
     console.print(table)
     for entry in result["datasets"]:
         if entry["error"]:
-            console.print(f"{entry['name']}: {escape(entry['error'])}")
+            error = entry["error"].removeprefix(f"{entry['name']}: ")
+            console.print(f"{entry['name']}: {escape(error)}")
 
 
 def show_check(result: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Train and predict: an experiment, a model and a run folder brought together."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -12,10 +14,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from llm_emo import checkpoints, methods, metrics, parsing, recipes, runs, training
 from llm_emo.encoding import Encoded, Encoder
@@ -37,7 +46,6 @@ class Labeller:
     base: auto.Base
     model: nn.Module
     encoder: Encoder
-    adapter: str | None = None
 
     def predict(self, examples: Sequence[Example]) -> Iterator[Prediction]:
         """Yield one prediction per example, in the order in which they were computed."""
@@ -113,6 +121,9 @@ def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labell
         RunError: the run has no adapter yet.
     """
     recipe = experiment.recipe
+    processes()  # before any weight is placed: it chooses each process's device
+    if run is not None:
+        _require_finished(run)
     set_seed(recipe.seed)
     base = auto.load(recipe.model, recipe.method)
     encoder = Encoder(base.tokenizer, recipe.prompt.max_length)
@@ -122,25 +133,57 @@ def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labell
             prefix_ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     model = methods.adapt(base.model, recipe.method, prefix_ids=prefix_ids)
     labeller = Labeller(experiment, base, model, encoder)
-    if run is None:
-        return labeller
+    if run is not None:
+        methods.check_fingerprint(run.adapter, labeller.fingerprint())
+        methods.load_adapter(model, run.adapter)
+    return labeller
+
+
+def _require_finished(run: runs.Run) -> None:
     if not run.finished:
         raise RunError(
             f"{run.folder}: training has not finished; continue it with "
             f"`llm-emo train {run.folder / 'recipe.yaml'} -o {run.folder} --resume`"
         )
-    methods.check_fingerprint(run.adapter, labeller.fingerprint())
-    methods.load_adapter(model, run.adapter)
-    weights = run.adapter / "adapter_model.safetensors"
-    if not weights.exists():
-        weights = run.adapter / "model.safetensors"
-    return Labeller(experiment, base, model, encoder, sha256_of(weights))
+
+
+def processes() -> PartialState:
+    """Return this process's place among those that `accelerate launch` or `torchrun` started.
+
+    Without a GPU they talk through gloo; accelerate would take each for a job of its own unless
+    told that there is none.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def say(text: str) -> None:
     """Write a line of progress, once per job."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def writing(place: Path, then: str) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written into one message about `place`.
+
+    Args:
+        place: what is written.
+        then: what to do once there is room.
+
+    Raises:
+        JobFailed: the disk failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in runs.DISK:
+            raise
+        raise JobFailed(f"{place}: cannot be written: {error.strerror}; {then}") from error
+    except SafetensorError as error:  # no OSError, whatever its reason
+        if "os error" not in str(error):
+            raise
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise JobFailed(f"{place}: cannot be written: {reason}; {then}") from error
 
 
 # --- predict ------------------------------------------------------------------------------------
@@ -149,13 +192,17 @@ def say(text: str) -> None:
 def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: Path) -> Path:
     """Predict a split into `folder`, continuing what an earlier job left; return the file.
 
+    What is predicted already needs no model. Every process of an `accelerate launch` calls this
+    and takes a share of the rows; the first one writes.
+
     Raises:
         RunError: the file is there already, made under something else.
     """
     examples = experiment.examples(split)
     path = runs.predictions_path(folder, split)
-    labeller = open_labeller(experiment, run)
-    header = _header(labeller, run, split)
+    if run is not None:
+        _require_finished(run)
+    header = _header(experiment, run, split)
     if path.exists():
         found, rows = read(path)
         if found != header or {row.uid for row in rows} != {example.uid for example in examples}:
@@ -169,28 +216,60 @@ def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: 
                 "away, or choose another folder with -o"
             )
         return path
+    labeller = open_labeller(experiment, run)
+    state = processes()
     say(f"{labeller.base.name} in {labeller.base.dtype} on {labeller.base.model.device}")
-    with (
-        Journal(path, header) as journal,
-        tqdm(
-            total=len(examples), initial=len(journal.done), desc=split, unit="row",
-            disable=not PartialState().is_main_process,
-        ) as bar,
-    ):  # fmt: skip
-        if journal.note:
-            say(journal.note)
-        left = [example for example in examples if example.uid not in journal.done]
-        for count, prediction in enumerate(labeller.predict(left), start=1):
-            journal.append(prediction)
-            bar.update()
-            if count % 64 == 0:
+    with contextlib.ExitStack() as stack:
+        journal, done = None, [set[str]()]
+        if state.is_main_process:
+            journal = stack.enter_context(Journal(path, header))
+            if journal.note:
+                say(journal.note)
+            done = [journal.done]
+        if state.num_processes > 1:
+            broadcast_object_list(done)
+        left = [example for example in examples if example.uid not in done[0]]
+        bar = stack.enter_context(
+            tqdm(
+                total=len(examples), initial=len(done[0]), desc=split, unit="row",
+                disable=not state.is_main_process,
+            )
+        )  # fmt: skip
+        for predictions in _shared(labeller, left, state):
+            if journal is not None:
+                for prediction in predictions:
+                    journal.append(prediction)
                 journal.flush()
-        journal.finish([example.uid for example in examples])
+            bar.update(len(predictions))
+        if journal is not None:
+            journal.finish([example.uid for example in examples])
+    state.wait_for_everyone()
     return path
 
 
-def _header(labeller: Labeller, run: runs.Run | None, split: Split) -> Header:
-    experiment = labeller.experiment
+ROWS_PER_FLUSH = 64
+"""Rows that a process predicts before they are put on disk."""
+
+
+def _shared(
+    labeller: Labeller, examples: Sequence[Example], state: PartialState
+) -> Iterator[list[Prediction]]:
+    """Yield the predictions of all processes' shares, some at a time.
+
+    A share is a stretch of the split, whose turns have their history in common. All processes
+    gather equally often, also those whose share is short or empty.
+    """
+    world, rank = state.num_processes, state.process_index
+    cuts = [len(examples) * i // world for i in range(world + 1)]
+    longest = max(end - start for start, end in itertools.pairwise(cuts))
+    own = labeller.predict(examples[cuts[rank] : cuts[rank + 1]])
+    for _ in range(-(-longest // ROWS_PER_FLUSH)):
+        chunk = list(itertools.islice(own, ROWS_PER_FLUSH))
+        yield gather_object(chunk) if world > 1 else chunk
+
+
+def _header(experiment: Experiment, run: runs.Run | None, split: Split) -> Header:
+    recipe, prompt = experiment.recipe, experiment.prompt
     return Header(
         protocol=experiment.protocol.name,
         dataset=experiment.protocol.dataset,
@@ -198,13 +277,32 @@ def _header(labeller: Labeller, run: runs.Run | None, split: Split) -> Header:
         labels=experiment.labels.names,
         files=experiment.files,
         run=None if run is None else run.id,
-        model=labeller.base.name,
-        revision=labeller.base.revision,
-        adapter=labeller.adapter,
+        model=recipe.model.name,
+        revision=recipe.model.revision,
+        adapter=None if run is None else _adapter_sum(run),
         versions=runs.versions(),
-        mode=experiment.recipe.inference.mode,
-        prompt=experiment.prompt.name,
+        mode=recipe.inference.mode,
+        prompt=f"{prompt.name}@{_sha256(prompt.verbatim)[:12]}",
+        settings=_settings(recipe),
     )
+
+
+def _adapter_sum(run: runs.Run) -> str:
+    weights = run.adapter / "adapter_model.safetensors"
+    return sha256_of(weights if weights.exists() else run.adapter / "model.safetensors")
+
+
+def _settings(recipe: recipes.Recipe) -> str:
+    """Hash what of the recipe can change a prediction, training apart: that is the adapter's.
+
+    `dtype: auto` counts as what this machine makes of it.
+    """
+    content = recipe.model_dump(mode="json", exclude={"train": True})
+    content["model"]["dtype"] = str(auto.dtype_of(recipe.model, recipe.method))
+    del content["inference"]["tokens_per_pass"]
+    if recipe.inference.mode == "score":
+        del content["inference"]["max_new_tokens"]
+    return _sha256(json.dumps(content, sort_keys=True))[:12]
 
 
 # --- train --------------------------------------------------------------------------------------
@@ -219,13 +317,20 @@ class Progress(TrainerCallback):
 
     def __init__(self, log: Path, counts: Any) -> None:
         self.log, self.counts = log, counts
+        self.idle: list[str] = []
         self.bar: Any = None
         self.started = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar at the step that training continues from."""
+        """Open the bar at the step that training continues from, and take the log back to it."""
+        if state.is_world_process_zero and self.log.exists():
+            lines = self.log.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) <= state.global_step]
+            partial = self.log.with_name(f".{self.log.name}.tmp")
+            partial.write_text("".join(kept), "utf-8")
+            partial.replace(self.log)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step",
                         disable=not state.is_world_process_zero)  # fmt: skip
         self.started = time.perf_counter()
@@ -263,6 +368,12 @@ class Progress(TrainerCallback):
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which layers have learned nothing so far; afterwards the best state is loaded."""
+        self.idle = methods.untrained(kwargs["model"])
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -270,30 +381,51 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def train(experiment: Experiment, run: runs.Run, *, resume: bool) -> dict[str, Any]:
-    """Train the recipe's method and leave the best state on dev in the run's adapter folder.
+def _step(line: str) -> float:
+    """Return the step of a line of the log; of a half-written one, infinity."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
 
-    Every process of an `accelerate launch` calls this; the first one writes.
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that training needs, before anything is written."""
+
+    labeller: Labeller
+    rows: Sequence[Encoded]
+    dev: Sequence[Example]
+    batches: training.GlobalBatches
+    settings: recipes.Train
+
+    @property
+    def shortened(self) -> int:
+        """Training texts that lost their end or some history to `prompt.max_length`."""
+        return sum(row.dropped > 0 for row in self.rows)
+
+
+def prepare(experiment: Experiment) -> Job:
+    """Load the model and encode the rows: all that can fail before there is a run folder.
 
     Raises:
-        RunError: nothing to resume from, or the batch does not divide over the processes.
-        JobFailed: an adapter layer learned nothing.
+        RecipeError: the method trains nothing.
+        ModelError: the model cannot be used.
+        PromptError: an example leaves no room for its answer.
+        RunError: the batch does not divide over the processes.
     """
     recipe = experiment.recipe
     settings = recipe.train
     if settings is None:
         raise RecipeError("method zero_shot trains nothing; use `llm-emo evaluate RECIPE`")
-    state = PartialState()
-    checkpoint = checkpoints.newest(run.checkpoints) if resume else None
+    state = processes()
+    dev = experiment.examples("dev")
     labeller = open_labeller(experiment)
     base, model = labeller.base, labeller.model
     verify(model)
-    count = methods.count_parameters(model)
-    say(f"{base.name} in {base.dtype} on {base.model.device}: {count}")
+    say(f"{base.name} in {base.dtype} on {base.model.device}: {methods.count_parameters(model)}")
     rows = labeller.encoder.encode(experiment.examples("train"))
-    shortened = sum(row.dropped > 0 for row in rows)
-    if shortened:
-        say(f"{shortened} of {len(rows)} training texts were shortened to prompt.max_length")
+    labeller.encoder.encode(dev)  # found now rather than after an epoch
 
     micro = min(settings.micro_batch_size, max(1, settings.batch_size // state.num_processes))
     try:
@@ -303,56 +435,73 @@ def train(experiment: Experiment, run: runs.Run, *, resume: bool) -> dict[str, A
         )  # fmt: skip
     except ValueError as error:
         raise RunError(f"train.batch_size: {error}") from error
-    dev = _Dev(labeller, experiment.examples("dev"))
-    steps = -(-len(rows) // settings.batch_size)
+    job = Job(labeller, rows, dev, batches, settings)
+    if job.shortened:
+        say(f"{job.shortened} of {len(rows)} training texts were shortened to prompt.max_length")
+    return job
+
+
+def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
+    """Train the recipe's method and leave the best state on dev in the run's adapter folder.
+
+    Every process of an `accelerate launch` calls this; the first one writes.
+
+    Raises:
+        JobFailed: an adapter layer learned nothing, or the disk is full.
+    """
+    experiment, settings = job.labeller.experiment, job.settings
+    checkpoint = checkpoints.newest(run.checkpoints) if resume else None
     trainer: training.TrieTrainer
+    progress = Progress(run.log, lambda: trainer.counts())
     trainer = training.TrieTrainer(
-        model,
+        job.labeller.model,
         training.training_arguments(
             run.checkpoints,
             settings,
-            accumulation=batches.accumulation,
-            seed=recipe.seed,
+            accumulation=job.batches.accumulation,
+            seed=experiment.recipe.seed,
             metric=experiment.protocol.metrics[0],
         ),
-        rows=rows,
-        batches=batches,
-        validate=dev.measure,
+        rows=job.rows,
+        batches=job.batches,
+        validate=_Dev(job.labeller, job.dev).measure,
         callbacks=[
-            Progress(run.log, lambda: trainer.counts()),
-            training.EvaluateAndSave(steps, settings.evaluations_per_epoch),
+            progress,
+            training.EvaluateAndSave(
+                -(-len(job.rows) // settings.batch_size), settings.evaluations_per_epoch
+            ),
             *training.stopping(settings),
             *training.tensorboard(run.folder / "tensorboard"),
         ],
     )
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    summary = _summary(trainer, count, labeller, rows, shortened)
-    if state.is_main_process:
-        _keep(labeller, run, summary)
-    state.wait_for_everyone()
+    with writing(run.folder, "make room and continue with --resume"):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if progress.idle:
+            raise JobFailed(
+                f"{len(progress.idle)} adapter layers learned nothing (first: "
+                f"{progress.idle[0]}): the gradient does not reach them, or every step was a "
+                "warm-up step with a learning rate of 0"
+            )
+        summary = _summary(trainer, job)
+        state = processes()
+        if state.is_main_process:
+            _keep(job.labeller, run, summary)
+        state.wait_for_everyone()
     return summary
 
 
-def _summary(
-    trainer: training.TrieTrainer, count: methods.ParameterCount, labeller: Labeller,
-    rows: Sequence[Encoded], shortened: int,
-) -> dict[str, Any]:  # fmt: skip
-    idle = methods.untrained(trainer.model)
-    if idle:
-        raise JobFailed(
-            f"{len(idle)} adapter layers learned nothing (first: {idle[0]}); "
-            "the gradient does not reach them"
-        )
-    state = trainer.state
+def _summary(trainer: training.TrieTrainer, job: Job) -> dict[str, Any]:
+    state, labeller = trainer.state, job.labeller
+    count = methods.count_parameters(labeller.model)
     return {
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
         "dtype": labeller.base.dtype,
         "device": str(labeller.base.model.device),
-        "training_rows": len(rows),
-        "shortened_texts": shortened,
+        "training_rows": len(job.rows),
+        "shortened_texts": job.shortened,
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "best_dev": {trainer.args.metric_for_best_model: state.best_metric},
@@ -367,10 +516,9 @@ def _keep(labeller: Labeller, run: runs.Run, summary: Mapping[str, Any]) -> None
         shutil.rmtree(partial, ignore_errors=True)
         methods.save_adapter(labeller.model, partial)
         methods.write_fingerprint(partial, labeller.fingerprint())
-        shutil.rmtree(run.adapter, ignore_errors=True)
         partial.rename(run.adapter)
-    except OSError as error:
-        raise JobFailed(f"{run.adapter}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     runs.write_json(run.folder / "environment.json", {**run.environment, "training": dict(summary)})
 
 
@@ -382,7 +530,7 @@ class _Dev:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return the protocol's metrics on dev."""
-        state = PartialState()
+        state = processes()
         share = self.examples[state.process_index :: state.num_processes]
         own = [(p.uid, p.gold or "", p.label) for p in self.labeller.predict(share)]
         rows = gather_object(own) if state.num_processes > 1 else own

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from llm_emo import recipes
 from llm_emo.errors import JobFailed, ModelError
@@ -35,6 +38,8 @@ class Base:
     tokenizer: Any
     name: str
     revision: str | None
+    vectors: str
+    """Hash of the weights as they were loaded, from the norms and biases: see `hash_vectors`."""
 
     @property
     def dtype(self) -> str:
@@ -42,10 +47,24 @@ class Base:
         return str(self.model.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
-        """Hash of the architecture: the config without what does not change the function."""
+        """Hash of weights and architecture: the config without what leaves the function alone."""
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
-        text = json.dumps(config, sort_keys=True, default=str)
+        text = json.dumps(config, sort_keys=True, default=str) + self.vectors
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_vectors(model: nn.Module) -> str:
+    """Hash the norms and biases of a model, which tell two models of one architecture apart.
+
+    They are small, and quantisation leaves them alone; rounded to bfloat16 they are the same
+    whichever dtype the model was loaded in.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.dim() == 1:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().bfloat16().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device() -> torch.device:
@@ -67,6 +86,22 @@ def best_dtype(where: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def dtype_of(spec: recipes.Model, method: recipes.Method) -> torch.dtype:
+    """Return what `spec.dtype` means on this machine.
+
+    Full fine-tuning keeps its weights in float32 under `auto`: updates of 1e-5 of a weight's
+    size vanish in bfloat16's eight bits.
+    """
+    match spec.dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            full = isinstance(method, recipes.Full)
+            return torch.float32 if full else best_dtype(device())
+
+
 def load_tokenizer(spec: recipes.Model) -> Any:
     """Load the tokenizer alone.
 
@@ -81,23 +116,14 @@ def load_tokenizer(spec: recipes.Model) -> Any:
 def load(spec: recipes.Model, method: recipes.Method) -> Base:
     """Load model and tokenizer as the recipe says.
 
-    Full fine-tuning keeps its weights in float32 under `dtype: auto`: updates of 1e-5 of a
-    weight's size vanish in bfloat16's eight bits.
-
     Raises:
         ModelError: absent, unreadable, of an unknown architecture, or in need of remote code.
         JobFailed: the hub cannot be reached.
     """
     source, arguments = _source(spec)
-    where = device()
-    match spec.dtype:
-        case "float32":
-            dtype = torch.float32
-        case "bfloat16":
-            dtype = torch.bfloat16
-        case "auto":
-            full = isinstance(method, recipes.Full)
-            dtype = torch.float32 if full else best_dtype(where)
+    where, dtype = device(), dtype_of(spec, method)
+    if not sys.stderr.isatty():  # in a log file a bar is noise
+        logging.disable_progress_bar()
     if spec.quantization != "none":
         arguments["quantization_config"] = _quantization(spec.quantization, dtype)
     tokenizer = load_tokenizer(spec)
@@ -124,7 +150,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    return Base(model, tokenizer, spec.name, spec.revision)
+    return Base(model, tokenizer, spec.name, spec.revision, hash_vectors(model))
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
