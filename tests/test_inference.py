@@ -235,6 +235,22 @@ def test_passes_hold_every_row_once_and_keep_to_the_budget(prompts, extra, budge
         assert nodes <= budget or len(group) == 1
 
 
+@pytest.mark.parametrize("budget", [12, 30, 75])
+def test_scoring_and_generating_keep_to_the_budget(budget):
+    model = tiny.model("llama")
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    prompts = [(3, first, second) for first in (4, 5, 6) for second in range(10, 20)]
+    list(score(model, prompts, ANSWERS, tokens_per_pass=budget))
+    assert max(seen) <= budget
+    assert len(seen) < len(prompts) or budget == 12
+    seen.clear()
+    list(generate(model, prompts, ends=frozenset(), max_new_tokens=4, tokens_per_pass=budget))
+    # A pass and the steps behind it fill one cache.
+    starts = [i for i, n in enumerate(seen) if i % 4 == 0]
+    assert all(sum(seen[i : i + 4]) <= budget for i in starts)
+
+
 def test_no_rows_are_no_passes():
     model = tiny.model("llama")
     assert list(score(model, [], ANSWERS, tokens_per_pass=9)) == []
