@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -374,11 +375,10 @@ class Progress(TrainerCallback):
         """Note which layers have learned nothing so far; afterwards the best state is loaded."""
         self.idle = methods.untrained(kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self.bar.close()
+    def close(self) -> None:
+        """Close the bar, so that nothing is drawn over what is printed next."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _step(line: str) -> float:
@@ -419,6 +419,15 @@ def prepare(experiment: Experiment) -> Job:
     if settings is None:
         raise RecipeError("method zero_shot trains nothing; use `llm-emo evaluate RECIPE`")
     state = processes()
+    if (
+        state.num_processes == 1
+        and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        and "MASTER_ADDR" in os.environ  # set for several processes only
+    ):
+        say(
+            "one process: `accelerate launch --cpu` starts more only through MPI; "
+            "`accelerate launch --multi_gpu --num_processes 2` starts two, also without a GPU"
+        )
     dev = experiment.examples("dev")
     labeller = open_labeller(experiment)
     base, model = labeller.base, labeller.model
@@ -477,7 +486,8 @@ def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
     with writing(run.folder, "make room and continue with --resume"):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with contextlib.closing(progress):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if progress.idle:
             raise JobFailed(
                 f"{len(progress.idle)} adapter layers learned nothing (first: "

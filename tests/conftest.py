@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,25 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model with its tokenizer."""
+    import program
+
+    return program.save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished LoRA run on the Mastodon fixture; to be read, never written."""
+    import program
+
+    return program.train(tmp_path_factory.mktemp("runs") / "lora", tiny_folder)
+
+
+@pytest.fixture
+def run_copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to tamper with."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
