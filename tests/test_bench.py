@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from llm_emo.encoding import Encoded
-from llm_emo.errors import RunError
+from llm_emo.errors import JobFailed, RunError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "train.py"
 SPEC = importlib.util.spec_from_file_location("bench_train", SCRIPT)
@@ -116,14 +116,14 @@ def test_a_ratio_is_taken_round_by_round():
 @pytest.mark.parametrize("loss", [1.00002, math.nan])
 def test_sides_with_different_losses_are_not_compared(loss):
     bench.require_same({"llm_emo": 1.0, "trl": 1.000001}, {"llm_emo": []})
-    with pytest.raises(RunError, match="trl"):
+    with pytest.raises(JobFailed, match="trl"):
         bench.require_same({"llm_emo": 1.0, "trl": loss}, {"llm_emo": []})
 
 
 def test_sides_with_different_targets_are_not_compared():
     same = {"llm_emo": [result(1.0)], "trl": [result(1.0)]}
     bench.require_same({"llm_emo": 1.0}, same)
-    with pytest.raises(RunError, match="trl trained on other tokens"):
+    with pytest.raises(JobFailed, match="trl trained on other tokens"):
         bench.require_same({"llm_emo": 1.0}, same | {"trl": [result(1.0, trained="b")]})
 
 
@@ -165,3 +165,37 @@ def test_encoded_rows_become_labels_behind_the_prompt():
     assert list(bench.labelled([Encoded("a", (3, 4), (7, 2))])) == [
         {"input_ids": [3, 4, 7, 2], "attention_mask": [1] * 4, "labels": [-100, -100, 7, 2]}
     ]
+
+
+def measured(side, rate, trl=None):
+    versions = {"torch": "2.0", "transformers": "5.0", "peft": "0.2", "trl": trl}
+    machine = {"model": "tiny", "versions": versions, "started": "today", "cpu": "chip", "cores": 2}
+    return result(rate) | {
+        "environment": machine,
+        "method": {"kind": "lora", "rank": 8},
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "threads": 2,
+        "losses": [1.0 if side == "llm_emo" else 1.25],
+        "targets": 40,
+        "tokens_per_step": 100.0,
+        "tokens_of_rows_per_step": 300.0,
+        "peak_memory_bytes": 3 * 2**20,
+    }
+
+
+def test_the_report_shows_rates_ratios_differences_and_versions():
+    results = {
+        "llm_emo": [measured("llm_emo", rate) for rate in (12.0, 20.0, 14.0)],
+        "padded": [measured("padded", rate) for rate in (4.0, 4.0, 4.0)],
+        "trl": [measured("trl", rate, trl="1.16.0") for rate in (2.0, 2.0, 2.0)],
+    }
+    losses = {"llm_emo": 1.0, "padded": 1.0, "trl": 1.000001}
+    text = bench.report(losses, results, bench.arguments(["--peers", "padded"]))
+    assert "torch 2.0, transformers 5.0, peft 0.2, trl 1.16.0" in text
+    assert "llm_emo / trl: 7.00x (rounds: 6.00, 10.00, 7.00)" in text
+    assert "llm_emo / padded: 3.50x" in text
+    assert "differ by 1.0e-06 in float32, 2.5e-01 in bfloat16" in text
+    assert "120 targets" in text
+    row = next(line for line in text.splitlines() if line.startswith("llm_emo "))
+    assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "3", "MiB"]
