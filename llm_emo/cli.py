@@ -348,12 +348,11 @@ def _reopen(run: "Run", overrides: list[str] | None, root: Path | None) -> "Expe
     from llm_emo import recipes
     from llm_emo.experiment import Experiment, data_root
 
-    own = json.loads((run.folder / "overrides.json").read_text("utf-8"))
-    recipe = recipes.load(str(run.folder / "recipe.yaml"), [*own, *(overrides or [])])
-    recorded = run.environment["data_root"]
-    found = data_root(root) or (None if recorded is None else Path(recorded))
+    recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *(overrides or [])])
+    recorded = run.environment
+    found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
     experiment = Experiment.prepare(recipe, found)
-    if experiment.files != run.environment["files"]:
+    if experiment.files != recorded["files"]:
         raise RunError(
             f"{run.folder}: the corpus files have changed since the run was begun; "
             "name the data root that it was begun with (--data-root)"

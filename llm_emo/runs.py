@@ -68,19 +68,34 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe with the overrides that it was run with."""
-        overrides = json.loads((self.folder / "overrides.json").read_text("utf-8"))
-        return recipes.load(str(self.folder / "recipe.yaml"), overrides)
+        return recipes.load(str(self.folder / "recipe.yaml"), self.overrides)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides that the recipe was run with."""
+        return [str(override) for override in self._json("overrides.json", list)]
 
     @property
     def environment(self) -> dict[str, Any]:
         """What `environment.json` holds."""
-        content: dict[str, Any] = json.loads((self.folder / "environment.json").read_text("utf-8"))
-        return content
+        return dict(self._json("environment.json", dict))
 
     @property
     def id(self) -> str:
         """The run's identity, which predictions carry."""
         return str(self.environment["run"])
+
+    def _json(self, name: str, kind: type) -> Any:
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise RunError(f"{path}: is no JSON: {error}; the run folder is damaged") from error
+        if not isinstance(content, kind):
+            raise RunError(f"{path}: found no JSON {kind.__name__}; the run folder is damaged")
+        return content
 
     @property
     def finished(self) -> bool:
@@ -141,10 +156,13 @@ def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Exp
     try:
         partial.mkdir(parents=True, exist_ok=True)
         (partial / "recipe.yaml").write_bytes(source.read_bytes())
-        write_json(partial / "overrides.json", list(overrides))
         (partial / "prompt.yaml").write_text(experiment.prompt.verbatim, "utf-8")
-        write_json(partial / "labels.json", experiment.labels_json())
-        write_json(partial / "environment.json", environment(run_id, experiment))
+        for name, content in (
+            ("overrides.json", list(overrides)),
+            ("labels.json", experiment.labels_json()),
+            ("environment.json", environment(run_id, experiment)),
+        ):
+            (partial / name).write_text(_json_text(content), "utf-8")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -159,12 +177,16 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is complete or absent."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.write_text(_json_text(content), "utf-8")
         partial.replace(path)
     except OSError as error:
         raise JobFailed(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _json_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def versions() -> dict[str, str]:

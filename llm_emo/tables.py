@@ -64,7 +64,9 @@ def show_inventory(result: dict[str, Any]) -> None:
 def show_check(result: dict[str, Any]) -> None:
     """Print the splits of a checked recipe."""
     console = _console()
-    console.print(f"{result['recipe']}: {result['protocol']}, {', '.join(result['labels'])}")
+    console.print(
+        f"{escape(result['recipe'])}: {result['protocol']}, {', '.join(result['labels'])}"
+    )
     table = Table("split", "rows", "tokens (median)", "tokens (longest)", "shortened texts")
     for split, values in result["splits"].items():
         table.add_row(split, *(str(value) for value in values.values()))
@@ -88,13 +90,18 @@ def show_examples(result: dict[str, Any]) -> None:
 def show_training(result: dict[str, Any]) -> None:
     """Print where a finished run lies and how it was trained."""
     run, saved = result["tokens_run"], result["tokens_saved"]
+    speed = ""
+    if run:  # nothing was left to run when a resumed run had only to be saved
+        speed = (
+            f" at {result['examples_per_second']:.1f} examples/s; "
+            f"{saved / (run + saved):.0%} of {run + saved:,} tokens saved"
+        )
     ((metric, value),) = result["best_dev"].items()
     _console().print(
-        f"{result['run']}: {result['trainable_parameters']:,} parameters learned from "
-        f"{result['training_rows']:,} rows at {result['examples_per_second']:.1f} examples/s; "
-        f"{saved / (run + saved):.0%} of {run + saved:,} tokens saved; "
+        f"{escape(result['run'])}: {result['trainable_parameters']:,} parameters learned from "
+        f"{result['training_rows']:,} rows{speed}; "
         f"dev {metric} {value:.4f} at step {result['best_step']}\n"
-        f"next: llm-emo evaluate {result['run']}"
+        f"next: llm-emo evaluate {escape(result['run'])}"
     )
 
 
@@ -110,7 +117,7 @@ def show_quickstart(result: dict[str, Any]) -> None:
     console.print(table)
     for name, entry in result["exports"].items():
         console.print(
-            f"{name} adapter for stock PEFT: {entry['folder']} (label log-probabilities differ "
-            f"by at most {entry['difference']:.1e} over {entry['rows']} rows)"
+            f"{name} adapter for stock PEFT: {escape(entry['folder'])} (label "
+            f"log-probabilities differ by at most {entry['difference']:.1e} over {entry['rows']} rows)"
         )
-    console.print(f"cache folder: {result['cache']}")
+    console.print(f"cache folder: {escape(result['cache'])}")

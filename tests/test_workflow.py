@@ -271,6 +271,12 @@ def test_people_read_the_same_numbers(run_copy):
     assert f"{report['macro_f1']:.4f}" in told.out
 
 
+def test_a_folder_name_in_brackets_is_printed_as_it_is(tiny_folder, tmp_path):
+    run = tmp_path / "[bold]run"
+    told = program.call("train", "mastodon/lora", "-o", run, *program.on(tiny_folder)).ok()
+    assert f"llm-emo evaluate {run}" in told.out
+
+
 OTHER = ["prompt.name=dialogue_zh", "prompt.history_window=1", "prompt.max_length=1024",
          "data.limit={test: 6}", "seed=1", "model.dtype=bfloat16", "inference.mode=generate",
          "data.protocol=mastodon-posneg"]  # fmt: skip
