@@ -118,6 +118,7 @@ def show_quickstart(result: dict[str, Any]) -> None:
     for name, entry in result["exports"].items():
         console.print(
             f"{name} adapter for stock PEFT: {escape(entry['folder'])} (label "
-            f"log-probabilities differ by at most {entry['difference']:.1e} over {entry['rows']} rows)"
+            f"log-probabilities differ by at most {entry['difference']:.1e} over "
+            f"{entry['rows']} rows)"
         )
     console.print(f"cache folder: {escape(result['cache'])}")
