@@ -34,8 +34,9 @@ def test_a_recipe_reaches_its_score_on_all_test_rows(
     from llm_emo.experiment import Experiment
 
     experiment = Experiment.prepare(recipes.load(name), shared_data)
+    job = workflow.prepare(experiment)
     run = runs.create(tmp_path / "run", recipes.source(name), [], experiment)
-    workflow.train(experiment, run, resume=False)
+    workflow.train(job, run, resume=False)
     workflow.predict(experiment, run, "test", run.folder)
 
     report = predictions.report(*predictions.read(run.predictions("test")))
