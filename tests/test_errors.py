@@ -287,6 +287,8 @@ def test_a_run_is_never_overwritten(run_copy, tiny_folder):
     told = program.call("train", "mastodon/lora", "-o", run_copy, *program.on(tiny_folder))
     told.refused(str(run_copy), "holds a run already", "-o", "--resume")
     assert sorted(path.name for path in run_copy.iterdir()) == before
+    # Said before corpus or model are read.
+    program.call("train", "mastodon/lora", "-o", run_copy).refused("holds a run already")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_emo import predictions, workflow
+from llm_emo import predictions, recipes, workflow
+from llm_emo.experiment import Experiment
 
 RUN_FILES = {"recipe.yaml", "overrides.json", "prompt.yaml", "labels.json", "environment.json",
              "log.jsonl", "adapter", "checkpoints", "tensorboard"}  # fmt: skip
@@ -49,8 +50,6 @@ def test_a_run_leaves_exactly_the_files_of_the_design(trained):
 
 
 def test_training_never_reads_the_test_split(tiny_folder, tmp_path, monkeypatch):
-    from llm_emo.experiment import Experiment
-
     asked = []
     own = Experiment.rows
 
@@ -292,6 +291,28 @@ def test_predictions_under_other_settings_never_share_a_file(change, tiny_folder
     told = program.call("evaluate", "mastodon/zero_shot", "-o", tmp_path, *options)
     told.refused("test.predictions.jsonl", "made under another", "-o")
     assert (tmp_path / "test.predictions.jsonl").read_bytes() == before
+
+
+def test_the_quickstart_runs_three_methods_and_takes_up_what_is_there(
+    tiny_folder, tmp_path, monkeypatch
+):
+    load, prepare = recipes.load, Experiment.prepare
+
+    def small(name, changes=()):
+        kept = [v for v in program.SMALL if "zero_shot" not in name or not v.startswith("train.")]
+        return load(name, [f"model.name={tiny_folder}", *kept, *changes])
+
+    monkeypatch.setattr(recipes, "load", small)
+    monkeypatch.setattr(Experiment, "prepare", lambda recipe, _: prepare(recipe, program.FIXTURES))
+    told = program.call("quickstart", "-o", tmp_path / "q", "--json").ok()
+    result = json.loads(told.out)
+    assert [row["method"] for row in result["methods"]] == ["zero_shot", "lora", "p_tuning_v2"]
+    assert {entry["difference"] < 1e-3 for entry in result["exports"].values()} == {True}
+    assert set(result["exports"]) == {"lora", "p_tuning_v2"}
+    monkeypatch.setattr(workflow, "train", None)  # nothing is trained twice
+    again = program.call("quickstart", "-o", tmp_path / "q").ok()
+    assert "p_tuning_v2" in again.out
+    assert again.err.count("already trained") == 2
 
 
 # --- processes of their own ---------------------------------------------------------------------
