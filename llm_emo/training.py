@@ -346,6 +346,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,  # every adapter parameter takes part in every step
     )
 
 
