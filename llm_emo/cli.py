@@ -126,7 +126,8 @@ def check(
         "record": experiment.splits.record,
     }
     for split in SPLITS:
-        if not getattr(experiment.splits, split):
+        needed = split != "test" and experiment.recipe.train is not None
+        if not needed and not getattr(experiment.splits, split):
             continue
         rows = encoder.encode(experiment.examples(split))
         lengths = sorted(len(row.prompt) + len(row.answer) for row in rows)
@@ -190,7 +191,7 @@ def train(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Train the recipe's method; the best state on dev is kept, the test split is never read."""
+    """Train the recipe's method; the best state on dev is kept, test rows take no part."""
     _quiet()
     from llm_emo import runs
     from llm_emo.recipes import source as find
@@ -289,8 +290,9 @@ def evaluate(
         if not _first_process():
             return
     report = predictions.report(header, rows, groups)
-    report["ci_unit"] = "row" if groups is None else "dialogue"
-    runs.write_json(path.with_name(path.name.replace(".predictions.jsonl", ".report.json")), report)
+    # Not by replacing ".predictions": a file of another name would be overwritten by its report.
+    name = path.name.removesuffix(".jsonl").removesuffix(".predictions")
+    runs.write_json(path.with_name(f"{name}.report.json"), report)
     from llm_emo.tables import show_report
 
     _print(report, json_, show_report)
@@ -468,6 +470,17 @@ def main() -> NoReturn:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         _fail(f"{error.filename or 'the disk'}: {error.strerror}", 1)
+    except Exception as error:
+        # By name, because torch, whose class it is, may never have been loaded.
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+            raise
+        _fail(
+            f"out of memory: {str(error).partition('. ')[0] or 'the machine has no more'}; lower "
+            "train.micro_batch_size or inference.tokens_per_pass, set "
+            "train.gradient_checkpointing=true, or store the base in 4 bits with "
+            "model.quantization=nf4",
+            1,
+        )
     raise SystemExit(0)
 
 

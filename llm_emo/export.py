@@ -24,10 +24,13 @@ def export(experiment: Experiment, run: runs.Run, folder: Path, format: Format) 
     """Write the run's adapter to `folder`, complete or not at all.
 
     Raises:
-        RunError: the folder exists and is not empty, or the run is not finished.
+        RunError: the folder exists and is not empty, is the working directory, or the run is
+            not finished.
         AdapterError: this method cannot be merged.
         JobFailed: the folder cannot be written.
     """
+    if not folder.name:  # it appears under its name at once, by renaming
+        raise RunError(f"{folder}: name a new folder with -o")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise RunError(f"{folder}: {what}; choose another folder with -o")

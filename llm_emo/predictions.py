@@ -104,8 +104,9 @@ def report(
     """Return what `evaluate --json` prints.
 
     The metrics of `metrics.Report.as_dict`, with protocol, dataset and split, how often each
-    outcome occurred, and how many rows have no gold label (those cannot be measured and are
-    in no other number but the outcomes).
+    outcome occurred, how many rows have no gold label (those cannot be measured and are in no
+    other number but the outcomes), and what the intervals resample: `ci_unit` is "dialogue", or
+    "row" where none has two rows.
 
     Args:
         header: What made the predictions; its protocol says which labels `f1` averages over.
@@ -137,6 +138,7 @@ def report(
         averaged_over=protocols.get(header.protocol).averaged_over,
     ).as_dict()
     outcomes = Counter(p.outcome for p in predictions)
+    units = {p.uid if groups is None else groups[p.uid] or p.uid for p, _ in rows}
     return {
         "n": measured.pop("n"),
         "protocol": header.protocol,
@@ -145,6 +147,7 @@ def report(
         **measured,
         "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
         "without_gold": len(predictions) - len(rows),
+        "ci_unit": "row" if len(units) == len(rows) else "dialogue",
     }
 
 

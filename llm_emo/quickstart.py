@@ -35,7 +35,7 @@ def run(folder: Path) -> dict[str, Any]:
         path = workflow.predict(experiment, finished, "test", target)
         header, rows = predictions.read(path)
         report = predictions.report(header, rows, experiment.clusters)
-        runs.write_json(target / "test.report.json", {**report, "ci_unit": "dialogue"})
+        runs.write_json(target / "test.report.json", report)
         trained = {} if finished is None else finished.environment["training"]
         result["methods"].append(
             {

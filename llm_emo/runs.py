@@ -133,8 +133,10 @@ def require_free(folder: Path) -> None:
     """Refuse a folder in which something lies.
 
     Raises:
-        RunError: the folder exists and is not empty, or is a file.
+        RunError: the folder exists and is not empty, is a file, or is the working directory.
     """
+    if not folder.name:  # it appears under its name at once, by renaming
+        raise RunError(f"{folder}: name a new folder with -o")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; choose another folder with -o")
     if folder.exists() and any(folder.iterdir()):

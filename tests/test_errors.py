@@ -8,9 +8,10 @@ from pathlib import Path
 import program
 import pytest
 import tiny
+import torch
 from safetensors import SafetensorError
 
-from llm_emo import checkpoints, errors, methods, predictions, recipes, runs
+from llm_emo import checkpoints, cli, errors, methods, predictions, recipes, runs
 
 
 @pytest.fixture
@@ -160,6 +161,15 @@ def test_an_empty_split_says_that_it_is_absent_and_where_to_get_it(
     assert not list(here.iterdir())
 
 
+def test_check_refuses_to_call_a_recipe_fitting_that_has_nothing_to_train_on(
+    here, tmp_path, tiny_folder
+):
+    root = corpora(tmp_path / "data", "meld")
+    (root / "meld/train_sent_emo.csv").unlink()
+    told = program.call("check", "meld/lora", *program.on(tiny_folder, root=root))
+    told.refused("train", "meld", "github.com/declare-lab/MELD")
+
+
 def test_a_split_that_is_absent_does_not_hinder_the_others(tmp_path, tiny_folder):
     root = corpora(tmp_path / "data", "meld")
     (root / "meld/test_sent_emo.csv").unlink()
@@ -280,6 +290,20 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(run_copy):
 
 
 # --- run folders --------------------------------------------------------------------------------
+
+
+def test_the_working_directory_itself_cannot_become_a_run(here, tiny_folder):
+    told = program.call("train", "mastodon/lora", "-o", ".", *program.on(tiny_folder))
+    told.refused("name a new folder with -o")
+    assert not list(here.iterdir())
+
+
+def test_out_of_memory_is_one_message_that_says_what_to_lower(monkeypatch, here):
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(cli, "app", full)
+    program.call().refused("out of memory", "train.micro_batch_size", code=1)
 
 
 def test_a_run_is_never_overwritten(run_copy, tiny_folder):

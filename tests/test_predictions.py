@@ -333,5 +333,8 @@ def test_a_report_resamples_whole_groups() -> None:
     rows = [prediction("a"), prediction("b", "negative")]
     report = predictions.report(HEADER, rows, groups={"a": "d", "b": "d"})
     assert report["ci"]["accuracy"] == [0.5, 0.5]
+    assert report["ci_unit"] == "dialogue"
+    alone = predictions.report(HEADER, rows, groups={"a": "c", "b": "d"})
+    assert alone["ci_unit"] == predictions.report(HEADER, rows)["ci_unit"] == "row"
     with pytest.raises(PredictionsError, match="uid 'b' belongs to no row of dataset mastodon"):
         predictions.report(HEADER, rows, groups={"a": "d"})

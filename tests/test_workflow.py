@@ -190,6 +190,16 @@ def test_the_predictions_file_alone_gives_the_same_numbers_without_torch(run_cop
         assert alone[name] == report[name], name
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.predictions.jsonl"])
+def test_a_predictions_file_of_any_name_is_not_overwritten_by_its_report(name, run_copy, tmp_path):
+    evaluate(run_copy)
+    content = (run_copy / "test.predictions.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(content)
+    program.call("evaluate", tmp_path / name).ok()
+    assert (tmp_path / name).read_bytes() == content
+    assert (tmp_path / "mine.report.json").is_file()
+
+
 def test_what_is_predicted_is_not_predicted_again(run_copy, monkeypatch):
     report = evaluate(run_copy)
     before = (run_copy / "test.predictions.jsonl").read_bytes()
