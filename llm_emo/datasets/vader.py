@@ -95,14 +95,15 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def cached() -> Path | None:
-    """Return the folder of a former `obtain` when every file in it is as it was written."""
+    """Return the folder of a former `obtain` when its files are as they were written."""
     folder = fetch.cache_dir() / "vader-3.3.2"
     if not (folder / MANIFEST).is_file():
         return None
     hashes = read_json(folder / MANIFEST)
-    files = {path.name for path in folder.iterdir() if path.name != MANIFEST}
-    intact = files == set(TEXTS + RATINGS) == set(hashes) and all(
-        fetch.sha256_of(folder / name) == hashes[name] for name in files
+    # Other files do no harm: a file manager may leave one of its own here.
+    intact = set(hashes) == set(TEXTS + RATINGS) and all(
+        (folder / name).is_file() and fetch.sha256_of(folder / name) == hashes[name]
+        for name in hashes
     )
     return folder if intact else None
 
