@@ -520,16 +520,17 @@ def _summary(trainer: training.TrieTrainer, job: Job) -> dict[str, Any]:
 
 
 def _keep(labeller: Labeller, run: runs.Run, summary: Mapping[str, Any]) -> None:
-    """Write the adapter, complete or not at all, then the summary."""
+    """Write the summary, then the adapter, complete or not at all: it is what marks the end."""
     partial = run.folder / ".adapter.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         methods.save_adapter(labeller.model, partial)
         methods.write_fingerprint(partial, labeller.fingerprint())
+        recorded = {**run.environment, "training": dict(summary)}
+        runs.write_json(run.folder / "environment.json", recorded)
         partial.rename(run.adapter)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    runs.write_json(run.folder / "environment.json", {**run.environment, "training": dict(summary)})
 
 
 class _Dev:
