@@ -4,6 +4,7 @@
 # the output. Settings, all optional:
 #
 #   LLM_EMO_CACHE      the cache folder; default: ${XDG_CACHE_HOME:-$HOME/.cache}/llm_emo
+#                      (macOS: ~/Library/Caches/llm_emo)
 #   LLM_EMO_PYTHON     the Python that makes .venv; default: the first 3.11 or newer of
 #                      python3, python3.13, python3.12, python3.11
 #   LLM_EMO_PIP_ARGS   further options for `pip install`, split at spaces
@@ -28,7 +29,10 @@ use_cache() {
     local cache=${LLM_EMO_CACHE:-}
     if [ -z "$cache" ]; then
         [ -n "${XDG_CACHE_HOME:-}${HOME:-}" ] || fail "no HOME; set LLM_EMO_CACHE to a folder"
-        cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm_emo
+        case $(uname -s) in  # where the program itself looks
+            Darwin) cache=${XDG_CACHE_HOME:-$HOME/Library/Caches}/llm_emo ;;
+            *) cache=${XDG_CACHE_HOME:-$HOME/.cache}/llm_emo ;;
+        esac
     fi
     mkdir -p -- "$cache/tmp" 2>/dev/null && [ -w "$cache/tmp" ] \
         || fail "the cache folder $cache cannot be written; set LLM_EMO_CACHE to another"
