@@ -85,9 +85,9 @@ def quickstart(
     """
     _quiet()
     from llm_emo import quickstart as main_job
+    from llm_emo.tables import show_quickstart
 
-    result = main_job.run(output)
-    _print(result, json_, main_job.show)
+    _print(main_job.run(output), json_, show_quickstart)
 
 
 @app.command(epilog="Example: `llm-emo datasets --data-root ~/corpora --json`")

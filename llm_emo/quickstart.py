@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_emo import export, fetch, predictions, recipes, runs, workflow
+from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
-from llm_emo.tables import show_quickstart as show
-
-__all__ = ["run", "show"]
 
 RECIPES = ("vader/zero_shot", "vader/lora", "vader/p_tuning_v2")
 ROWS_COMPARED = 16
@@ -19,6 +17,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Run the three recipes into `folder`, taking up what an earlier call left.
 
     Raises:
+        RunError: the folder holds runs of other recipes than today's.
         JobFailed: the package index cannot be reached, or the disk is full.
     """
     workflow.say(f"cache folder: {fetch.cache_dir()}")
@@ -54,6 +53,11 @@ def run(folder: Path) -> dict[str, Any]:
 def _trained(experiment: Experiment, source: Path, target: Path) -> runs.Run:
     if runs.is_run(target):
         run = runs.open_run(target)
+        if (target / "recipe.yaml").read_bytes() != source.read_bytes():
+            raise RunError(
+                f"{target}: was trained by another recipe than today's {source}; choose another "
+                "folder with -o"
+            )
         if run.finished:
             workflow.say(f"{target}: already trained")
             return run
