@@ -230,6 +230,9 @@ def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: 
         if state.num_processes > 1:
             broadcast_object_list(done)
         left = [example for example in examples if example.uid not in done[0]]
+        if state.num_processes > 1:
+            # A row without room for its answer ends every process, also that which prints.
+            labeller.encoder.encode(left)
         bar = stack.enter_context(
             tqdm(
                 total=len(examples), initial=len(done[0]), desc=split, unit="row",
