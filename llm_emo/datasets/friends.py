@@ -78,7 +78,7 @@ def read_hub(table: Any, part: str) -> list[Utterance]:
             Utterance(
                 uid=f"{part}/{number}" if dialogue is None else f"{dialogue}/{turn}",
                 text=line["utterance"].translate(C1).strip(),
-                speaker=line["speaker"].translate(C1) if "speaker" in names else None,
+                speaker=(line.get("speaker") or "").translate(C1) or None,
                 dialogue=dialogue,
                 turn=turn,
                 label=parse_choice(source, where, line["emotion"], LABELS),
