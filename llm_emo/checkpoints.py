@@ -11,13 +11,16 @@ A folder without its final name is not a checkpoint: it is written under a name 
 a dot and renamed when complete.
 """
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -63,15 +66,32 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     (folder / "optimizer.json").write_text(json.dumps(rest, indent=1), "utf-8")
 
 
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error}); remove it "
+            "and continue from an older one, or begin anew"
+        ) from error
+
+
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Read what `save_optimizer` wrote."""
-    rest = json.loads((folder / "optimizer.json").read_text("utf-8"))
-    values: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": values, "param_groups": rest["groups"]})
-    scheduler.load_state_dict(rest["schedule"])
+    """Read what `save_optimizer` wrote.
+
+    Raises:
+        RunError: the files are damaged.
+    """
+    with _whole(folder):
+        rest = json.loads((folder / "optimizer.json").read_text("utf-8"))
+        values: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, name = key.partition(".")
+            values.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": values, "param_groups": rest["groups"]})
+        scheduler.load_state_dict(rest["schedule"])
 
 
 def save_rng(folder: Path, rank: int) -> None:
@@ -91,20 +111,21 @@ def load_rng(folder: Path, rank: int) -> None:
     """Restore this process's random number generators.
 
     Raises:
-        RunError: the checkpoint was written by fewer processes.
+        RunError: the checkpoint was written by fewer processes, or is damaged.
     """
     path = folder / f"rng-{rank}.json"
     if not path.exists():
         raise RunError(
             f"{path}: no such file; resume with as many processes as the run was started with"
         )
-    state = json.loads(path.read_text("utf-8"))
-    version, internal, following = state["python"]
-    random.setstate((version, tuple(internal), following))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(
-            [torch.tensor(values, dtype=torch.uint8) for values in state["cuda"]]
-        )
+    with _whole(folder):
+        state = json.loads(path.read_text("utf-8"))
+        version, internal, following = state["python"]
+        random.setstate((version, tuple(internal), following))
+        name, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if torch.cuda.is_available() and state["cuda"]:
+            torch.cuda.set_rng_state_all(
+                [torch.tensor(values, dtype=torch.uint8) for values in state["cuda"]]
+            )

@@ -85,9 +85,8 @@ def quickstart(
     """
     _quiet()
     from llm_emo import quickstart as main_job
-    from llm_emo.tables import show_quickstart
 
-    _print(main_job.run(output), json_, show_quickstart)
+    _print(main_job.run(output), json_, "show_quickstart")
 
 
 @app.command(epilog="Example: `llm-emo datasets --data-root ~/corpora --json`")
@@ -101,7 +100,7 @@ def datasets(data_root: DataRoot = None, json_: Json = False) -> None:
         raise RunError(f"--data-root: {root} is no folder")
     inventory = corpora.inventory(root)
     _print({"data_root": None if root is None else str(root), "datasets": inventory}, json_,
-           _show_inventory)  # fmt: skip
+           "show_inventory")  # fmt: skip
 
 
 @app.command(epilog="Example: `llm-emo check mastodon/lora --data-root ~/corpora`")
@@ -139,7 +138,7 @@ def check(
         }
     if experiment.splits.train and experiment.splits.test:
         result["test_texts_in_train"] = len(leaks(experiment.splits.train, experiment.splits.test))
-    _print(result, json_, _show_check)
+    _print(result, json_, "show_check")
 
 
 @app.command(epilog="Example: `llm-emo show vader/lora -n 1`")
@@ -173,7 +172,7 @@ def show(
         }
         for example, row in zip(examples, encoder.encode(examples), strict=True)
     ]
-    _print({"examples": shown}, json_, _show_examples)
+    _print({"examples": shown}, json_, "show_examples")
 
 
 @app.command(
@@ -228,7 +227,7 @@ def train(
         state.wait_for_everyone()
     summary = workflow.train(job, runs.Run(folder), resume=resume)
     if state.is_main_process:
-        _print({"run": str(folder), **summary}, json_, _show_training)
+        _print({"run": str(folder), **summary}, json_, "show_training")
 
 
 @app.command(epilog="Example: `llm-emo predict runs/mastodon --split test --mode generate -o out`")
@@ -247,7 +246,7 @@ def predict(
     _quiet()
     path, _ = _predicted(source, _split(split), mode, output, data_root, set_)
     if _first_process():
-        _print({"predictions": str(path)}, json_, lambda result: typer.echo(result["predictions"]))
+        _print({"predictions": str(path)}, json_, "show_path")
 
 
 @app.command(
@@ -293,9 +292,7 @@ def evaluate(
     # Not by replacing ".predictions": a file of another name would be overwritten by its report.
     name = path.name.removesuffix(".jsonl").removesuffix(".predictions")
     runs.write_json(path.with_name(f"{name}.report.json"), report)
-    from llm_emo.tables import show_report
-
-    _print(report, json_, show_report)
+    _print(report, json_, "show_report")
 
 
 @app.command(epilog="Example: `llm-emo export runs/mastodon -o adapter --format peft`")
@@ -320,8 +317,7 @@ def export(
     from llm_emo.export import export as write
 
     write(experiment, opened, output, cast("Any", format_))
-    _print({"exported": str(output), "format": format_}, json_,
-           lambda result: typer.echo(result["exported"]))  # fmt: skip
+    _print({"exported": str(output), "format": format_}, json_, "show_path")
 
 
 # --- what the verbs share -----------------------------------------------------------------------
@@ -346,14 +342,19 @@ def _experiment(
 
 
 def _reopen(run: "Run", overrides: list[str] | None, root: Path | None) -> "Experiment":
-    """Prepare a run's experiment again, from its own recipe."""
-    from llm_emo import recipes
+    """Prepare a run's experiment again, from its own recipe and prompt."""
+    import dataclasses
+
+    from llm_emo import prompts, recipes
     from llm_emo.experiment import Experiment, data_root
 
     recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *(overrides or [])])
     recorded = run.environment
     found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
-    experiment = Experiment.prepare(recipe, found)
+    # The shipped prompt may have been edited since; the adapter learned the run's own.
+    named = prompts.load(str(run.folder / "prompt.yaml"))
+    prompt = dataclasses.replace(named, name=Path(recipe.prompt.name).stem)
+    experiment = Experiment.prepare(recipe, found, prompt)
     if experiment.files != recorded["files"]:
         raise RunError(
             f"{run.folder}: the corpus files have changed since the run was begun; "
@@ -413,35 +414,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
+def _print(result: dict[str, Any], as_json: bool, table: str) -> None:
+    """Print a result: as JSON, or through the function of `tables` called `table`."""
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
-        show(result)
+        from llm_emo import tables
 
-
-def _show_inventory(result: dict[str, Any]) -> None:
-    from llm_emo.tables import show_inventory
-
-    show_inventory(result)
-
-
-def _show_check(result: dict[str, Any]) -> None:
-    from llm_emo.tables import show_check
-
-    show_check(result)
-
-
-def _show_examples(result: dict[str, Any]) -> None:
-    from llm_emo.tables import show_examples
-
-    show_examples(result)
-
-
-def _show_training(result: dict[str, Any]) -> None:
-    from llm_emo.tables import show_training
-
-    show_training(result)
+        getattr(tables, table)(result)
 
 
 def _first_process() -> bool:

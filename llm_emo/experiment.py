@@ -42,8 +42,15 @@ class Experiment:
     files: dict[str, str]
 
     @classmethod
-    def prepare(cls, recipe: Recipe, root: Path | None) -> "Experiment":
+    def prepare(
+        cls, recipe: Recipe, root: Path | None, prompt: Prompt | None = None
+    ) -> "Experiment":
         """Read the corpus and make the splits.
+
+        Args:
+            recipe: What to prepare.
+            root: The data root.
+            prompt: The prompt that a run kept, instead of the one that the recipe names today.
 
         Raises:
             DatasetError: corpus files are absent or malformed.
@@ -58,7 +65,7 @@ class Experiment:
                 f"data.protocol: {protocol.name} is a protocol of {protocol.dataset}, not of "
                 f"{data.dataset} (known there: {known})"
             )
-        prompt = prompts.load(recipe.prompt.name)
+        prompt = prompt or prompts.load(recipe.prompt.name)
         labels = prompts.label_set(protocol.labels, prompt.language)
         corpus = datasets.load(data.dataset, root, hub=data.hub)
         splits = protocols.rows(

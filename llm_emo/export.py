@@ -29,11 +29,7 @@ def export(experiment: Experiment, run: runs.Run, folder: Path, format: Format) 
         AdapterError: this method cannot be merged.
         JobFailed: the folder cannot be written.
     """
-    if not folder.name:  # it appears under its name at once, by renaming
-        raise RunError(f"{folder}: name a new folder with -o")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise RunError(f"{folder}: {what}; choose another folder with -o")
+    runs.require_free(folder)
     if not run.finished:
         raise RunError(f"{run.folder}: training has not finished; continue it with --resume")
     partial = folder.with_name(f".{folder.name}.partial")

@@ -78,7 +78,14 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """What `environment.json` holds."""
-        return dict(self._json("environment.json", dict))
+        content = dict(self._json("environment.json", dict))
+        missing = [key for key in ("run", "data_root", "files") if key not in content]
+        if missing:
+            raise RunError(
+                f"{self.folder / 'environment.json'}: lacks {', '.join(missing)}; "
+                "the run folder is damaged"
+            )
+        return content
 
     @property
     def id(self) -> str:

@@ -122,3 +122,8 @@ def show_quickstart(result: dict[str, Any]) -> None:
             f"{entry['rows']} rows)"
         )
     console.print(f"cache folder: {escape(result['cache'])}")
+
+
+def show_path(result: dict[str, Any]) -> None:
+    """Print the path of what was written, which is the result's first value."""
+    print(next(iter(result.values())))  # noqa: T201

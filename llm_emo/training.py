@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -33,6 +34,9 @@ from llm_emo.recipes import Train
 from llm_emo.trie import TokenTrie, node_logits
 
 Batch = dict[str, Any]
+
+IGNORED = -100
+"""A label that adds nothing to the loss, as everywhere in transformers."""
 
 GHOST = -1
 """An index that stands for no row: it keeps processes in step and adds nothing to the loss."""
@@ -114,7 +118,12 @@ def collate(rows: Sequence[Encoded | None]) -> Batch:
     if not real:
         # A single node with one ignored target: a pass that costs nothing and adds nothing.
         zero = torch.zeros(1, dtype=torch.long)
-        return {"trie": TokenTrie.build([(0,)]), "nodes": zero, "where": zero, "labels": zero - 100}
+        return {
+            "trie": TokenTrie.build([(0,)]),
+            "nodes": zero,
+            "where": zero,
+            "labels": zero + IGNORED,
+        }
     trie = TokenTrie.build([row.prompt + row.answer[:-1] for row in real])
     at, labels = targets(trie, [len(row.prompt) for row in real], [row.answer for row in real])
     nodes, where = torch.unique(at, return_inverse=True)
@@ -128,7 +137,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     logits = node_logits(model, batch["trie"], batch["nodes"]).float()  # (K, V)
     where, labels = batch["where"].to(logits.device), batch["labels"].to(logits.device)
-    return nn.functional.cross_entropy(logits[where], labels, reduction="sum", ignore_index=-100)
+    return nn.functional.cross_entropy(logits[where], labels, reduction="sum", ignore_index=IGNORED)
 
 
 class TrieTrainer(Trainer):
@@ -177,7 +186,7 @@ class TrieTrainer(Trainer):
         return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=collate)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        count = sum(int((batch["labels"] != -100).sum()) for batch in batch_samples)
+        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batch_samples)
         gathered = self.accelerator.gather(torch.tensor(count, device=device))
         return torch.as_tensor(gathered).sum()
 
@@ -209,9 +218,10 @@ class TrieTrainer(Trainer):
     ) -> Tensor:
         """Return this share's part of the global mean, shape ()."""
         assert num_items_in_batch is not None
-        self.tokens_run += len(inputs["trie"])
-        self.tokens_saved += inputs["trie"].saved
-        self.examples += len(inputs["trie"].lengths)
+        if (inputs["labels"] != IGNORED).any():  # a ghost is no example
+            self.tokens_run += len(inputs["trie"])
+            self.tokens_saved += inputs["trie"].saved
+            self.examples += len(inputs["trie"].lengths)
         # Gradients are averaged over processes, hence the factor.
         share: Tensor = answer_loss(model, inputs) * self.accelerator.num_processes
         return share / num_items_in_batch
@@ -359,7 +369,7 @@ def stopping(train: Train) -> list[TrainerCallback]:
 
 def tensorboard(folder: Path) -> list[TrainerCallback]:
     """Return the callback that writes TensorBoard's files, where it is installed."""
-    if not is_tensorboard_available():
+    if not is_tensorboard_available() or not PartialState().is_main_process:
         return []
     from torch.utils.tensorboard import SummaryWriter
 

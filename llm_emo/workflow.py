@@ -133,6 +133,7 @@ def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labell
         case recipes.PTuningV2(init_text=str(text)):
             prefix_ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     model = methods.adapt(base.model, recipe.method, prefix_ids=prefix_ids)
+    verify(model)
     labeller = Labeller(experiment, base, model, encoder)
     if run is not None:
         methods.check_fingerprint(run.adapter, labeller.fingerprint())
@@ -206,6 +207,8 @@ def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: 
     header = _header(experiment, run, split)
     if path.exists():
         found, rows = read(path)
+        # Finished predictions stay what they are when a package is upgraded.
+        found = found.model_copy(update={"versions": header.versions})
         if found != header or {row.uid for row in rows} != {example.uid for example in examples}:
             differing = [
                 name
@@ -434,7 +437,6 @@ def prepare(experiment: Experiment) -> Job:
     dev = experiment.examples("dev")
     labeller = open_labeller(experiment)
     base, model = labeller.base, labeller.model
-    verify(model)
     say(f"{base.name} in {base.dtype} on {base.model.device}: {methods.count_parameters(model)}")
     rows = labeller.encoder.encode(experiment.examples("train"))
     labeller.encoder.encode(dev)  # found now rather than after an epoch

@@ -1,7 +1,7 @@
 """Training speed: this program beside other trainers, on the same batches.
 
     pip install -e .[bench] -c constraints.txt
-    python scripts/bench/train.py --data-root ../shared/data --recipe mastodon/lora
+    python scripts/bench/train.py --data-root DATA --recipe mastodon/lora
 
 Every measurement is a process of its own, and the sides take turns (A B A B ...), so that a
 machine that slows down slows all of them. What is timed runs from the end of one optimiser step
@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments; exits with 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         description="Print examples/s of this program and of other trainers, and the ratios.",
-        epilog="example: python scripts/bench/train.py --data-root ../shared/data "
+        epilog="example: python scripts/bench/train.py --data-root DATA "
         "--recipe mastodon/lora --steps 12 --rounds 3 -o train.json; "
         "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
     )
