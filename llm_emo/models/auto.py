@@ -178,8 +178,8 @@ def _source(spec: recipes.Model) -> tuple[str, dict[str, Any]]:
                 raise ModelError(
                     f"model.name: {spec.name!r} is no folder with a config.json; name a local "
                     f"model folder, {recipes.BUNDLED_MODEL!r} (bundled), or a Hugging Face id "
-                    "with model.revision. the official ChatGLM2-6B checkpoint is not in that layout "
-                    "and pass --set model.name=FOLDER"
+                    "with model.revision. ChatGLM2-6B: a folder with its weights in transformers' "
+                    "own GLM layout, --set model.name=FOLDER"
                 )
             return str(folder), _revision(spec)
         case "hub":
