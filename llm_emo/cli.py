@@ -402,9 +402,9 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    # OpenMP's threads spin while they wait for one another. On a machine that does anything else
-    # besides, they then wait for a core that a spinning one holds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin while they wait for one another; on a machine that does anything else
+    # besides, they then wait for a core that a spinning one holds. A short spin costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import logging
     import warnings
 
