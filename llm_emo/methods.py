@@ -29,53 +29,12 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, PreTrainedModel
 
-from llm_emo import recipes
+from llm_emo import attention, recipes
 from llm_emo.errors import AdapterError, ModelError
 
-ATTENTION = "llm_emo_prefix"
 PREFIX_FILE = "prefix_encoder.safetensors"
-
-
-def _prefix_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    prefix: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """SDPA over the layer's prefix, shape (P, 2M, G, D), followed by the tokens."""
-    if prefix is not None:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        both = prefix[:, 2 * layer : 2 * layer + 2].to(key.dtype)  # (P, 2, G, D)
-        batch = key.shape[0]
-        own_key, own_value = (part.expand(batch, -1, -1, -1) for part in both.permute(1, 2, 0, 3))
-        key = torch.cat([own_key, key], dim=2)
-        value = torch.cat([own_value, value], dim=2)
-        if attention_mask is None:
-            raise RuntimeError("the prefix needs an explicit attention mask")
-        # A boolean mask says what is visible, a float mask is added: True and 0 both mean "seen".
-        seen = float(attention_mask.dtype == torch.bool)
-        attention_mask = nn.functional.pad(attention_mask, (both.shape[0], 0), value=seen)
-    attended: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return attended
-
-
-def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    # A causal mask that is left to SDPA's `is_causal` could not be widened by the prefix.
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
-
-
-AttentionInterface.register(ATTENTION, _prefix_attention)
-AttentionMaskInterface.register(ATTENTION, _explicit_mask)
 
 
 class PTuningV2Model(nn.Module):
@@ -88,8 +47,8 @@ class PTuningV2Model(nn.Module):
     def __init__(self, base: PreTrainedModel, config: PrefixTuningConfig, dropout: float) -> None:
         super().__init__()
         base.requires_grad_(False)
-        base.set_attn_implementation(ATTENTION)
-        if base.config._attn_implementation != ATTENTION:
+        base.set_attn_implementation(attention.NAME)
+        if base.config._attn_implementation != attention.NAME:
             raise ModelError(f"{base.config.model_type}: attention cannot be exchanged")
         self.base = base
         self.peft_config = config

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from llm_emo import recipes
+from llm_emo import attention, recipes
 from llm_emo.errors import JobFailed, ModelError
 from llm_emo.models import bundled
 
@@ -133,7 +133,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
             source,
             dtype=dtype,
             device_map={"": where},
-            attn_implementation="sdpa",
+            attn_implementation=attention.NAME,
             trust_remote_code=False,
             use_safetensors=True,  # a pickled checkpoint is code
             output_loading_info=True,

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from llm_emo import recipes
+from llm_emo import attention, recipes
 from llm_emo.errors import JobFailed, ModelError
 from llm_emo.methods import adapt, count_parameters
 from llm_emo.models import auto
@@ -39,7 +39,7 @@ def test_a_local_folder_gives_the_model_and_tokenizer_in_it(architecture, tmp_pa
             tiny.alone(base.model, ids), tiny.alone(tiny.model(architecture), ids)
         )
     assert base.tokenizer("late")["input_ids"] == tiny.tokenizer()("late")["input_ids"]
-    assert base.model.config._attn_implementation == "sdpa"
+    assert base.model.config._attn_implementation == attention.NAME
     assert not base.model.training
     assert (base.name, base.revision, base.dtype) == (str(tmp_path), None, "float32")
     assert verify(base.model) < 1e-5
