@@ -351,9 +351,11 @@ def _reopen(run: "Run", overrides: list[str] | None, root: Path | None) -> "Expe
     recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *(overrides or [])])
     recorded = run.environment
     found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
-    # The shipped prompt may have been edited since; the adapter learned the run's own.
-    named = prompts.load(str(run.folder / "prompt.yaml"))
-    prompt = dataclasses.replace(named, name=Path(recipe.prompt.name).stem)
+    prompt = None
+    if recipe.prompt.name == run.recipe.prompt.name:
+        # The shipped prompt may have been edited since; the adapter learned the run's own.
+        kept = prompts.load(str(run.folder / "prompt.yaml"))
+        prompt = dataclasses.replace(kept, name=Path(recipe.prompt.name).stem)
     experiment = Experiment.prepare(recipe, found, prompt)
     if experiment.files != recorded["files"]:
         raise RunError(

@@ -270,6 +270,12 @@ def test_an_adapter_of_another_prompt_is_refused(run_copy):
     program.call("evaluate", run_copy, *changes).refused("another prompt")
 
 
+def test_a_run_reads_its_own_prompt_and_refuses_it_edited(run_copy):
+    path = run_copy / "prompt.yaml"
+    path.write_text(path.read_text("utf-8").replace("Classify", "Tell"), "utf-8")
+    program.call("evaluate", run_copy).refused("another prompt")
+
+
 def test_an_adapter_of_other_labels_is_refused(run_copy):
     path = run_copy / "adapter/fingerprint.json"
     found = json.loads(path.read_text("utf-8"))
