@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from llm_emo import __version__
-from llm_emo.errors import EmoError, RecipeError, RunError
+from llm_emo.errors import EmoError, RecipeError, RunError, nearest
 from llm_emo.types import SPLITS, Split
 
 if TYPE_CHECKING:
     from llm_emo.experiment import Experiment
-    from llm_emo.runs import Run
 
 app = typer.Typer(
     name="llm-emo",
@@ -50,6 +49,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 SplitName = Annotated[str, typer.Option("--split", help="train, dev or test.")]
 Out = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output folder.", show_default=False)
+]
+Mode = Annotated[
+    str | None, typer.Option(help="score or generate, instead of the recipe's own mode.")
 ]
 
 
@@ -110,35 +112,9 @@ def check(
     """Check that recipe, prompt, data and model fit together; trains nothing."""
     _quiet()
     experiment, source = _experiment(recipe, set_, data_root)
-    from llm_emo.encoding import Encoder
-    from llm_emo.models import auto
-    from llm_emo.protocols import leaks
+    from llm_emo import inspection
 
-    encoder = Encoder(
-        auto.load_tokenizer(experiment.recipe.model), experiment.recipe.prompt.max_length
-    )
-    result: dict[str, Any] = {
-        "recipe": str(source),
-        "protocol": experiment.protocol.name,
-        "labels": list(experiment.labels.words),
-        "splits": {},
-        "record": experiment.splits.record,
-    }
-    for split in SPLITS:
-        needed = split != "test" and experiment.recipe.train is not None
-        if not needed and not getattr(experiment.splits, split):
-            continue
-        rows = encoder.encode(experiment.examples(split))
-        lengths = sorted(len(row.prompt) + len(row.answer) for row in rows)
-        result["splits"][split] = {
-            "rows": len(rows),
-            "tokens_median": lengths[len(lengths) // 2],
-            "tokens_longest": lengths[-1],
-            "shortened": sum(row.dropped > 0 for row in rows),
-        }
-    if experiment.splits.train and experiment.splits.test:
-        result["test_texts_in_train"] = len(leaks(experiment.splits.train, experiment.splits.test))
-    _print(result, json_, "show_check")
+    _print(inspection.fit(experiment, source), json_, "show_check")
 
 
 @app.command(epilog="Example: `llm-emo show vader/lora -n 1`")
@@ -153,25 +129,9 @@ def show(
     """Show rendered prompts, their token ids, and which tokens are trained."""
     _quiet()
     experiment, _ = _experiment(recipe, set_, data_root)
-    from llm_emo.encoding import Encoder
-    from llm_emo.models import auto
+    from llm_emo import inspection
 
-    tokenizer = auto.load_tokenizer(experiment.recipe.model)
-    encoder = Encoder(tokenizer, experiment.recipe.prompt.max_length)
-    examples = experiment.render(experiment.rows(_split(split))[:count])
-    shown = [
-        {
-            "uid": example.uid,
-            "gold": example.gold,
-            "message": example.message,
-            "prompt": tokenizer.decode(list(row.prompt)),
-            "answer": tokenizer.decode(list(row.answer)),
-            "prompt_ids": list(row.prompt),
-            "answer_ids": list(row.answer),
-            "trained": f"the last {len(row.answer)} of {len(row.prompt) + len(row.answer)} tokens",
-        }
-        for example, row in zip(examples, encoder.encode(examples), strict=True)
-    ]
+    shown = inspection.examples(experiment, _split(split), count)
     _print({"examples": shown}, json_, "show_examples")
 
 
@@ -192,7 +152,7 @@ def train(
 ) -> None:
     """Train the recipe's method; the best state on dev is kept, test rows take no part."""
     _quiet()
-    from llm_emo import runs
+    from llm_emo import opening, runs
     from llm_emo.recipes import source as find
 
     source = find(recipe)
@@ -208,7 +168,7 @@ def train(
                 f"{folder}: was begun with another recipe than {source}; to continue it, name "
                 f"its own: {run.folder / 'recipe.yaml'}"
             )
-        experiment = _reopen(run, None, data_root)
+        experiment = opening.from_run(run, [], data_root)
     else:
         runs.require_free(folder)
         experiment, source = _experiment(recipe, set_, data_root)
@@ -234,9 +194,7 @@ def train(
 def predict(
     source: RunOrRecipe,
     split: SplitName = "test",
-    mode: Annotated[
-        str | None, typer.Option(help="score or generate, instead of the recipe's own mode.")
-    ] = None,
+    mode: Mode = None,
     output: Out = None,
     data_root: DataRoot = None,
     set_: Set = None,
@@ -244,7 +202,7 @@ def predict(
 ) -> None:
     """Write `<split>.predictions.jsonl`; interrupted, it continues where it stopped."""
     _quiet()
-    path, _ = _predicted(source, _split(split), mode, output, data_root, set_)
+    path, _ = _predicted(source, split, mode, output, data_root, set_)
     if _first_process():
         _print({"predictions": str(path)}, json_, "show_path")
 
@@ -260,9 +218,7 @@ def evaluate(
                        help="A run, a zero-shot recipe, or a predictions file."),
     ],
     split: SplitName = "test",
-    mode: Annotated[
-        str | None, typer.Option(help="score or generate, instead of the recipe's own mode.")
-    ] = None,
+    mode: Mode = None,
     output: Out = None,
     data_root: DataRoot = None,
     set_: Set = None,
@@ -283,7 +239,7 @@ def evaluate(
         header, rows = predictions.read(path)
     else:
         _quiet()
-        path, experiment = _predicted(source, _split(split), mode, output, data_root, set_)
+        path, experiment = _predicted(source, split, mode, output, data_root, set_)
         header, rows = predictions.read(path)
         groups = experiment.clusters
         if not _first_process():
@@ -308,12 +264,11 @@ def export(
 ) -> None:
     """Write the adapter for use elsewhere; stock PEFT and transformers read it."""
     _quiet()
-    from llm_emo import runs
+    from llm_emo import opening, runs
 
-    if format_ not in ("peft", "merged"):
-        raise RunError(f"--format: {format_!r} is not known; peft or merged")
+    _one_of("--format", format_, ("peft", "merged"))
     opened = runs.open_run(run)
-    experiment = _reopen(opened, set_, data_root)
+    experiment = opening.from_run(opened, set_ or [], data_root)
     from llm_emo.export import export as write
 
     write(experiment, opened, output, cast("Any", format_))
@@ -323,80 +278,37 @@ def export(
 # --- what the verbs share -----------------------------------------------------------------------
 
 
-def _split(name: str) -> Split:
-    if name not in SPLITS:
-        from llm_emo.errors import nearest
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RunError(f"{option}: {value!r} is not known; {nearest(value, known)}")
 
-        raise RunError(f"--split: no split {name!r}; {nearest(name, SPLITS)}")
-    return name
+
+def _split(name: str) -> Split:
+    _one_of("--split", name, SPLITS)
+    return cast("Split", name)
 
 
 def _experiment(
     recipe: str, overrides: list[str] | None, root: Path | None
 ) -> tuple["Experiment", Path]:
-    from llm_emo import recipes
-    from llm_emo.experiment import Experiment, data_root
+    from llm_emo import opening
 
-    loaded = recipes.load(recipe, overrides or [])
-    return Experiment.prepare(loaded, data_root(root)), recipes.source(recipe)
-
-
-def _reopen(run: "Run", overrides: list[str] | None, root: Path | None) -> "Experiment":
-    """Prepare a run's experiment again, from its own recipe and prompt."""
-    import dataclasses
-
-    from llm_emo import prompts, recipes
-    from llm_emo.experiment import Experiment, data_root
-
-    recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *(overrides or [])])
-    recorded = run.environment
-    found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
-    prompt = None
-    if recipe.prompt.name == run.recipe.prompt.name:
-        # The shipped prompt may have been edited since; the adapter learned the run's own.
-        kept = prompts.load(str(run.folder / "prompt.yaml"))
-        prompt = dataclasses.replace(kept, name=Path(recipe.prompt.name).stem)
-    experiment = Experiment.prepare(recipe, found, prompt)
-    if experiment.files != recorded["files"]:
-        raise RunError(
-            f"{run.folder}: the corpus files have changed since the run was begun; "
-            "name the data root that it was begun with (--data-root)"
-        )
-    return experiment
+    return opening.from_recipe(recipe, overrides or [], root)
 
 
 def _predicted(
     source: str,
-    split: Split,
+    split: str,
     mode: str | None,
     output: Path | None,
     root: Path | None,
     overrides: list[str] | None,
 ) -> tuple[Path, "Experiment"]:
-    from llm_emo import recipes, runs
+    from llm_emo import opening
 
-    changes = list(overrides or [])
-    if mode is not None:
-        changes.append(f"inference.mode={mode}")
-    if runs.is_run(Path(source)):
-        run: Run | None = runs.Run(Path(source))
-        assert run is not None
-        experiment = _reopen(run, changes, root)
-        folder = output or run.folder
-    else:
-        if Path(source).is_dir():
-            raise RunError(f"{source}: is a folder, but no run folder; it has no environment.json")
-        experiment, path = _experiment(source, changes, root)
-        if not isinstance(experiment.recipe.method, recipes.ZeroShot):
-            raise RunError(
-                f"{path}: method {experiment.recipe.method.kind} must be trained first: "
-                f"`llm-emo train {source}`; then name its run folder here"
-            )
-        run, folder = None, output or runs.default_folder(path)
-    experiment.rows(split)  # an empty split is refused before torch is loaded
-    from llm_emo import workflow
-
-    return workflow.predict(experiment, run, split, folder), experiment
+    return opening.predicted(
+        source, _split(split), mode=mode, output=output, root=root, overrides=overrides or []
+    )
 
 
 def _quiet() -> None:

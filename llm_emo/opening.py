@@ -1,0 +1,83 @@
+"""What a command line names, opened: recipes with their corpus, runs, predictions."""
+
+import dataclasses
+from pathlib import Path
+
+from llm_emo import prompts, recipes, runs
+from llm_emo.errors import RunError
+from llm_emo.experiment import Experiment, data_root
+from llm_emo.types import Split
+
+
+def from_recipe(recipe: str, overrides: list[str], root: Path | None) -> tuple[Experiment, Path]:
+    """Prepare a recipe's experiment; return it with the recipe's file.
+
+    Args:
+        recipe: A recipe file, or the name of a shipped one.
+        overrides: `KEY=VALUE`, applied in order.
+        root: The data root that was given, if any.
+    """
+    loaded = recipes.load(recipe, overrides)
+    return Experiment.prepare(loaded, data_root(root)), recipes.source(recipe)
+
+
+def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> Experiment:
+    """Prepare a run's experiment again, from its own recipe and prompt.
+
+    Raises:
+        RunError: the corpus files are not those that the run was begun with.
+    """
+    recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *overrides])
+    recorded = run.environment
+    found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
+    prompt = None
+    if recipe.prompt.name == run.recipe.prompt.name:
+        # The shipped prompt may have been edited since; the adapter learned the run's own.
+        kept = prompts.load(str(run.folder / "prompt.yaml"))
+        prompt = dataclasses.replace(kept, name=Path(recipe.prompt.name).stem)
+    experiment = Experiment.prepare(recipe, found, prompt)
+    if experiment.files != recorded["files"]:
+        raise RunError(
+            f"{run.folder}: the corpus files have changed since the run was begun; "
+            "name the data root that it was begun with (--data-root)"
+        )
+    return experiment
+
+
+def predicted(
+    source: str,
+    split: Split,
+    *,
+    mode: str | None,
+    output: Path | None,
+    root: Path | None,
+    overrides: list[str],
+) -> tuple[Path, Experiment]:
+    """Predict a split of a run or of a zero-shot recipe, where that is not done yet.
+
+    Returns:
+        The predictions file, and the experiment that it belongs to.
+
+    Raises:
+        RunError: `source` is neither a run nor a recipe that needs no training.
+    """
+    changes = [*overrides, *([] if mode is None else [f"inference.mode={mode}"])]
+    run = None
+    if runs.is_run(Path(source)):
+        run = runs.Run(Path(source))
+        experiment = from_run(run, changes, root)
+        folder = output or run.folder
+    else:
+        if Path(source).is_dir():
+            raise RunError(f"{source}: is a folder, but no run folder; it has no environment.json")
+        experiment, path = from_recipe(source, changes, root)
+        if not isinstance(experiment.recipe.method, recipes.ZeroShot):
+            raise RunError(
+                f"{path}: method {experiment.recipe.method.kind} must be trained first: "
+                f"`llm-emo train {source}`; then name its run folder here"
+            )
+        folder = output or runs.default_folder(path)
+    experiment.rows(split)  # an empty split is refused before torch is loaded
+    from llm_emo import workflow
+
+    return workflow.predict(experiment, run, split, folder), experiment
