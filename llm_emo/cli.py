@@ -178,9 +178,10 @@ def train(
             )
     # The heavy half, only for input that fits.
     from llm_emo import workflow
+    from llm_emo.machine import processes
 
     job = workflow.prepare(experiment)
-    state = workflow.processes()
+    state = processes()
     if not resume:
         if state.is_main_process:
             runs.create(folder, source, set_ or [], experiment)

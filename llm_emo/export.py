@@ -14,8 +14,9 @@ from llm_emo.encoding import Encoder
 from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
 from llm_emo.inference import score
+from llm_emo.labelling import Labeller, open_labeller
+from llm_emo.machine import writing
 from llm_emo.models import auto
-from llm_emo.workflow import Labeller, open_labeller, writing
 
 Format = Literal["peft", "merged"]
 

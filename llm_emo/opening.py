@@ -78,6 +78,6 @@ def predicted(
             )
         folder = output or runs.default_folder(path)
     experiment.rows(split)  # an empty split is refused before torch is loaded
-    from llm_emo import workflow
+    from llm_emo import labelling
 
-    return workflow.predict(experiment, run, split, folder), experiment
+    return labelling.predict(experiment, run, split, folder), experiment

@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llm_emo import export, fetch, predictions, recipes, runs, workflow
+from llm_emo import export, fetch, labelling, predictions, recipes, runs, workflow
 from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
+from llm_emo.machine import say
 
 RECIPES = ("vader/zero_shot", "vader/lora", "vader/p_tuning_v2")
 ROWS_COMPARED = 16
@@ -20,7 +21,7 @@ def run(folder: Path) -> dict[str, Any]:
         RunError: the folder holds runs of other recipes than today's.
         JobFailed: the package index cannot be reached, or the disk is full.
     """
-    workflow.say(f"cache folder: {fetch.cache_dir()}")
+    say(f"cache folder: {fetch.cache_dir()}")
     result: dict[str, Any] = {"methods": [], "exports": {}, "cache": str(fetch.cache_dir())}
     for name in RECIPES:
         recipe = recipes.load(name)
@@ -30,8 +31,8 @@ def run(folder: Path) -> dict[str, Any]:
         finished = None
         if not isinstance(recipe.method, recipes.ZeroShot):
             finished = _trained(experiment, recipes.source(name), target)
-        workflow.say(f"{kind}: predicting the test split")
-        path = workflow.predict(experiment, finished, "test", target)
+        say(f"{kind}: predicting the test split")
+        path = labelling.predict(experiment, finished, "test", target)
         header, rows = predictions.read(path)
         report = predictions.report(header, rows, experiment.clusters)
         runs.write_json(target / "test.report.json", report)
@@ -59,7 +60,7 @@ def _trained(experiment: Experiment, source: Path, target: Path) -> runs.Run:
                 "folder with -o"
             )
         if run.finished:
-            workflow.say(f"{target}: already trained")
+            say(f"{target}: already trained")
             return run
         workflow.train(workflow.prepare(experiment), run, resume=True)
         return run
@@ -76,6 +77,6 @@ def _exported(experiment: Experiment, run: runs.Run, target: Path) -> dict[str, 
     export.export(experiment, run, target, "peft")
     exact = recipes.load(str(run.folder / "recipe.yaml"), ["model.dtype=float32"])
     precise = Experiment.prepare(exact, None)
-    labeller = workflow.open_labeller(precise, run)
+    labeller = labelling.open_labeller(precise, run)
     difference = export.difference_from_stock(labeller, target, ROWS_COMPARED)
     return {"folder": str(target), "difference": difference, "rows": ROWS_COMPARED}

@@ -10,7 +10,6 @@ checkpoints/         to resume from
 <split>.predictions.jsonl, <split>.report.json
 """
 
-import errno
 import json
 import os
 import platform
@@ -35,9 +34,6 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "datasets",
     "safetensors", "scikit-learn", "numpy",
 )  # fmt: skip
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""What the operating system says when the disk is full, failing, or not ours to write on."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,18 @@ class Run:
     def finished(self) -> bool:
         """Whether training came to its end."""
         return self.adapter.is_dir()
+
+    def require_finished(self) -> None:
+        """Refuse a run that is still to be trained.
+
+        Raises:
+            RunError: training has not finished.
+        """
+        if not self.finished:
+            raise RunError(
+                f"{self.folder}: training has not finished; continue it with "
+                f"`llm-emo train {self.folder / 'recipe.yaml'} -o {self.folder} --resume`"
+            )
 
 
 def predictions_path(folder: Path, split: Split) -> Path:

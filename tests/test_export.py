@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_emo import export, predictions, runs, workflow
+from llm_emo import export, labelling, predictions, runs
 from llm_emo.encoding import Encoder
 from llm_emo.experiment import Experiment
 
@@ -66,9 +66,9 @@ def test_stock_peft_gives_the_label_log_probabilities_of_the_run(
 
     opened = runs.open_run(run)
     experiment = Experiment.prepare(opened.recipe, program.FIXTURES)
-    ours = workflow.open_labeller(experiment, opened)
+    ours = labelling.open_labeller(experiment, opened)
     assert export.difference_from_stock(ours, tmp_path / "out", 7) < 1e-4
-    unadapted = workflow.open_labeller(experiment)
+    unadapted = labelling.open_labeller(experiment)
     assert export.difference_from_stock(unadapted, tmp_path / "out", 7) > 0.1
 
 

@@ -30,14 +30,14 @@ def test_the_quickstart_learns_and_its_adapters_are_stock_pefts(tmp_path: Path):
 def test_a_recipe_reaches_its_score_on_all_test_rows(
     name: str, rows: int, floor: dict[str, float], tmp_path: Path, shared_data: Path
 ):
-    from llm_emo import predictions, recipes, runs, workflow
+    from llm_emo import labelling, predictions, recipes, runs, workflow
     from llm_emo.experiment import Experiment
 
     experiment = Experiment.prepare(recipes.load(name), shared_data)
     job = workflow.prepare(experiment)
     run = runs.create(tmp_path / "run", recipes.source(name), [], experiment)
     workflow.train(job, run, resume=False)
-    workflow.predict(experiment, run, "test", run.folder)
+    labelling.predict(experiment, run, "test", run.folder)
 
     report = predictions.report(*predictions.read(run.predictions("test")))
     assert report["n"] == rows

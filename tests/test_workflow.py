@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_emo import predictions, recipes, workflow
+from llm_emo import labelling, predictions, recipes, workflow
 from llm_emo.experiment import Experiment
 
 RUN_FILES = {"recipe.yaml", "overrides.json", "prompt.yaml", "labels.json", "environment.json",
@@ -203,7 +203,7 @@ def test_a_predictions_file_of_any_name_is_not_overwritten_by_its_report(name, r
 def test_what_is_predicted_is_not_predicted_again(run_copy, monkeypatch):
     report = evaluate(run_copy)
     before = (run_copy / "test.predictions.jsonl").read_bytes()
-    monkeypatch.setattr(workflow, "open_labeller", None)  # no model is needed any more
+    monkeypatch.setattr(labelling, "open_labeller", None)  # no model is needed any more
     assert evaluate(run_copy) == report
     assert (run_copy / "test.predictions.jsonl").read_bytes() == before
 

@@ -326,7 +326,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     from llm_emo import recipes, runs
     from llm_emo.errors import RecipeError
     from llm_emo.experiment import Experiment, data_root
-    from llm_emo.workflow import open_labeller
+    from llm_emo.labelling import open_labeller
 
     sizes = (f"train.{key}={given.batch_size}" for key in ("batch_size", "micro_batch_size"))
     fixed = ("train.epochs=1", "train.gradient_checkpointing=false")

@@ -1,0 +1,252 @@
+"""Label examples with a model: a recipe's own, adapted or not, and the predictions it leaves."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+from transformers import set_seed
+
+from llm_emo import methods, parsing, recipes, runs
+from llm_emo.encoding import Encoder
+from llm_emo.errors import RunError
+from llm_emo.experiment import Experiment
+from llm_emo.fetch import sha256_of
+from llm_emo.inference import generate, score
+from llm_emo.machine import processes, say
+from llm_emo.models import auto
+from llm_emo.predictions import Header, Journal, read
+from llm_emo.trie import verify
+from llm_emo.types import Completion, Example, Prediction, Split
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A model, adapted or not, with everything that turns examples into predictions."""
+
+    experiment: Experiment
+    base: auto.Base
+    model: nn.Module
+    encoder: Encoder
+
+    def predict(self, examples: Sequence[Example]) -> Iterator[Prediction]:
+        """Yield one prediction per example, in the order in which they were computed."""
+        encoded = self.encoder.encode(examples)
+        inference = self.experiment.recipe.inference
+        prompts = [row.prompt for row in encoded]
+        match inference.mode:
+            case "score":
+                for index, values in score(
+                    self.model,
+                    prompts,
+                    self.encoder.answers(self.experiment.answers),
+                    tokens_per_pass=inference.tokens_per_pass,
+                ):
+                    yield self._scored(examples[index], values)
+            case "generate":
+                for index, ids in generate(
+                    self.model,
+                    prompts,
+                    ends=frozenset({self.encoder.end}),
+                    max_new_tokens=inference.max_new_tokens,
+                    tokens_per_pass=inference.tokens_per_pass,
+                ):
+                    example = examples[index]
+                    yield self._parsed(example, Completion(example.uid, self.encoder.decode(ids)))
+
+    def _scored(self, example: Example, log_probabilities: list[float]) -> Prediction:
+        names = self.experiment.labels.names
+        shares = torch.tensor(log_probabilities, dtype=torch.float64).softmax(0).tolist()
+        best = max(range(len(names)), key=shares.__getitem__)
+        return Prediction(
+            uid=example.uid,
+            gold=example.gold,
+            label=names[best],
+            outcome="scored",
+            probabilities=dict(zip(names, shares, strict=True)),
+        )
+
+    def _parsed(self, example: Example, completion: Completion) -> Prediction:
+        parsed = parsing.parse(
+            completion.text, self.experiment.labels, self.experiment.prompt.answer
+        )
+        return Prediction(
+            uid=example.uid,
+            gold=example.gold,
+            label=parsed.label,
+            outcome=parsed.outcome,
+            completion=completion.text,
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what an adapter trained here belongs to."""
+        experiment = self.experiment
+        return {
+            "base model": self.base.fingerprint(),
+            "tokenizer": self.encoder.fingerprint()["tokenizer"],
+            "chat template": self.encoder.fingerprint()["template"],
+            "prompt": _sha256(experiment.prompt.verbatim),
+            "label set": _sha256(json.dumps(experiment.labels_json(), sort_keys=True)),
+        }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labeller:
+    """Load the recipe's model, wrapped by its method; with a run, its adapter too.
+
+    Raises:
+        ModelError: the model cannot be used.
+        AdapterError: the adapter belongs to another base, tokenizer, template or label set.
+        RunError: the run has no adapter yet.
+    """
+    recipe = experiment.recipe
+    processes()  # before any weight is placed: it chooses each process's device
+    if run is not None:
+        run.require_finished()
+    set_seed(recipe.seed)
+    base = auto.load(recipe.model, recipe.method)
+    encoder = Encoder(base.tokenizer, recipe.prompt.max_length)
+    prefix_ids: Sequence[int] = ()
+    match recipe.method:
+        case recipes.PTuningV2(init_text=str(text)):
+            prefix_ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    model = methods.adapt(base.model, recipe.method, prefix_ids=prefix_ids)
+    verify(model)
+    labeller = Labeller(experiment, base, model, encoder)
+    if run is not None:
+        methods.check_fingerprint(run.adapter, labeller.fingerprint())
+        methods.load_adapter(model, run.adapter)
+    return labeller
+
+
+def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: Path) -> Path:
+    """Predict a split into `folder`, continuing what an earlier job left; return the file.
+
+    What is predicted already needs no model. Every process of an `accelerate launch` calls this
+    and takes a share of the rows; the first one writes.
+
+    Raises:
+        RunError: the file is there already, made under something else.
+    """
+    examples = experiment.examples(split)
+    path = runs.predictions_path(folder, split)
+    if run is not None:
+        run.require_finished()
+    expected = header(experiment, run, split)
+    if path.exists():
+        found, rows = read(path)
+        # Finished predictions stay what they are when a package is upgraded.
+        found = found.model_copy(update={"versions": expected.versions})
+        if found != expected or {row.uid for row in rows} != {example.uid for example in examples}:
+            differing = [
+                name
+                for name in Header.model_fields
+                if getattr(found, name) != getattr(expected, name)
+            ]
+            raise RunError(
+                f"{path}: made under another {', '.join(differing) or 'set of rows'}; move it "
+                "away, or choose another folder with -o"
+            )
+        return path
+    labeller = open_labeller(experiment, run)
+    state = processes()
+    say(f"{labeller.base.name} in {labeller.base.dtype} on {labeller.base.model.device}")
+    with contextlib.ExitStack() as stack:
+        journal, done = None, [set[str]()]
+        if state.is_main_process:
+            journal = stack.enter_context(Journal(path, expected))
+            if journal.note:
+                say(journal.note)
+            done = [journal.done]
+        if state.num_processes > 1:
+            broadcast_object_list(done)
+        left = [example for example in examples if example.uid not in done[0]]
+        if state.num_processes > 1:
+            # A row without room for its answer ends every process, also that which prints.
+            labeller.encoder.encode(left)
+        bar = stack.enter_context(
+            tqdm(
+                total=len(examples), initial=len(done[0]), desc=split, unit="row",
+                disable=not state.is_main_process,
+            )
+        )  # fmt: skip
+        for predictions in _shared(labeller, left, state):
+            if journal is not None:
+                for prediction in predictions:
+                    journal.append(prediction)
+                journal.flush()
+            bar.update(len(predictions))
+        if journal is not None:
+            journal.finish([example.uid for example in examples])
+    state.wait_for_everyone()
+    return path
+
+
+ROWS_PER_FLUSH = 64
+"""Rows that a process predicts before they are put on disk."""
+
+
+def _shared(
+    labeller: Labeller, examples: Sequence[Example], state: PartialState
+) -> Iterator[list[Prediction]]:
+    """Yield the predictions of all processes' shares, some at a time.
+
+    A share is a stretch of the split, whose turns have their history in common. All processes
+    gather equally often, also those whose share is short or empty.
+    """
+    world, rank = state.num_processes, state.process_index
+    cuts = [len(examples) * i // world for i in range(world + 1)]
+    longest = max(end - start for start, end in itertools.pairwise(cuts))
+    own = labeller.predict(examples[cuts[rank] : cuts[rank + 1]])
+    for _ in range(-(-longest // ROWS_PER_FLUSH)):
+        chunk = list(itertools.islice(own, ROWS_PER_FLUSH))
+        yield gather_object(chunk) if world > 1 else chunk
+
+
+def header(experiment: Experiment, run: runs.Run | None, split: Split) -> Header:
+    """Return what predictions of this split by this run, or by no run, are made under."""
+    recipe, prompt = experiment.recipe, experiment.prompt
+    return Header(
+        protocol=experiment.protocol.name,
+        dataset=experiment.protocol.dataset,
+        split=split,
+        labels=experiment.labels.names,
+        files=experiment.files,
+        run=None if run is None else run.id,
+        model=recipe.model.name,
+        revision=recipe.model.revision,
+        adapter=None if run is None else _adapter_sum(run),
+        versions=runs.versions(),
+        mode=recipe.inference.mode,
+        prompt=f"{prompt.name}@{_sha256(prompt.verbatim)[:12]}",
+        settings=_settings(recipe),
+    )
+
+
+def _adapter_sum(run: runs.Run) -> str:
+    weights = run.adapter / "adapter_model.safetensors"
+    return sha256_of(weights if weights.exists() else run.adapter / "model.safetensors")
+
+
+def _settings(recipe: recipes.Recipe) -> str:
+    """Hash what of the recipe can change a prediction, training apart: that is the adapter's.
+
+    `dtype: auto` counts as what this machine makes of it.
+    """
+    content = recipe.model_dump(mode="json", exclude={"train": True})
+    content["model"]["dtype"] = str(auto.dtype_of(recipe.model, recipe.method))
+    del content["inference"]["tokens_per_pass"]
+    if recipe.inference.mode == "score":
+        del content["inference"]["max_new_tokens"]
+    return _sha256(json.dumps(content, sort_keys=True))[:12]
