@@ -198,8 +198,12 @@ def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
             *training.tensorboard(run.folder / "tensorboard"),
         ],
     )
-    if checkpoint is not None:
-        say(f"continuing from {checkpoint}")
+    if resume:
+        say(
+            f"{run.folder}: no checkpoint yet; training starts from the beginning"
+            if checkpoint is None
+            else f"continuing from {checkpoint}"
+        )
     with writing(run.folder, "make room and continue with --resume"):
         with contextlib.closing(progress):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

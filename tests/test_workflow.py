@@ -116,7 +116,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(recipe, tiny_folder, tmp_pat
     told.refused("--resume", code=130)
     assert not (broken / "adapter").exists()
     assert len(trail(broken)) > steps // 2
-    program.call("train", broken / "recipe.yaml", "-o", broken, "--resume").ok()
+    told = program.call("train", broken / "recipe.yaml", "-o", broken, "--resume").ok()
+    assert f"continuing from {broken}" in told.err
     assert_same(trail(broken), trail(whole), rel=1e-6)
     one, two = (load_file(run / "adapter/adapter_model.safetensors") for run in (whole, broken))
     assert one.keys() == two.keys()
@@ -132,7 +133,8 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_anew(
     with monkeypatch.context() as patch:
         interrupt_at(1, patch)
         program.call("train", "mastodon/lora", "-o", broken, *program.on(tiny_folder))
-    program.call("train", "mastodon/lora", "-o", broken, "--resume").ok()
+    told = program.call("train", "mastodon/lora", "-o", broken, "--resume").ok()
+    assert "no checkpoint yet; training starts from the beginning" in told.err
     assert_same(trail(broken), trail(whole), rel=1e-6)
 
 
