@@ -5,7 +5,7 @@
       optimizer.safetensors    AdamW's moments, `<parameter index>.<name>`
       optimizer.json           its groups; the learning-rate schedule beside it
       rng-<rank>.json          Python, NumPy, torch (and CUDA) generators of each process
-      trainer_state.json       step, epoch, best metric, log history
+      trainer_state.json       step, epoch, best metric, log history, tokens and seconds so far
 
 A folder without its final name is not a checkpoint: it is written under a name that starts with
 a dot and renamed when complete.

@@ -41,6 +41,9 @@ IGNORED = -100
 GHOST = -1
 """An index that stands for no row: it keeps processes in step and adds nothing to the loss."""
 
+COUNTS = "counts"
+"""The key of a checkpoint's trainer state under which the totals of the run so far stand."""
+
 
 class GlobalBatches(Sampler[list[int]]):
     """This process's share of every micro-batch, in an order fixed by seed and epoch.
@@ -166,8 +169,10 @@ class TrieTrainer(Trainer):
             raise JobFailed(f"no answer tokens to learn from: {empty[:3] or 'no training rows'}")
         self.batches, self.validate = batches, validate
         self.control: TrainerControl
-        self.tokens_run = self.tokens_saved = self.examples = 0
-        self.seconds = 0.0
+        # Of the whole run and of all processes; checkpoints carry them over an interruption.
+        self.totals: dict[str, float] = dict.fromkeys(
+            ("tokens_run", "tokens_saved", "examples", "seconds"), 0
+        )
         super().__init__(
             model=model,
             args=args,
@@ -186,27 +191,41 @@ class TrieTrainer(Trainer):
         return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=collate)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batch_samples)
-        gathered = self.accelerator.gather(torch.tensor(count, device=device))
-        return torch.as_tensor(gathered).sum()
+        """Return the answer tokens of the global batch, shape (), and count what it holds."""
+        real = [batch for batch in batch_samples if (batch["labels"] != IGNORED).any()]  # no ghosts
+        tries = [batch["trie"] for batch in real]
+        own = torch.tensor(
+            [
+                sum(int((batch["labels"] != IGNORED).sum()) for batch in real),
+                sum(len(trie) for trie in tries),
+                sum(trie.saved for trie in tries),
+                sum(len(trie.lengths) for trie in tries),
+            ],
+            device=device,
+        )
+        whole = torch.as_tensor(self.accelerator.gather(own)).view(-1, len(own)).sum(0)
+        counted = zip(("tokens_run", "tokens_saved", "examples"), whole[1:].tolist(), strict=True)
+        for name, count in counted:
+            self.totals[name] += count
+        return whole[0]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one micro-batch forward and backward, on the clock."""
         started = time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
-        self.seconds += time.perf_counter() - started
+        self.totals["seconds"] += time.perf_counter() - started
         return loss
 
     def counts(self) -> dict[str, float]:
-        """Return this process's tokens run and saved, and the examples per second of all.
+        """Return the tokens run and saved, and the examples per second, of the run so far.
 
         Time is that of forward and backward passes; evaluations and checkpoints are not in it.
         """
-        rate = self.examples / self.seconds if self.seconds else 0.0
+        totals = self.totals
         return {
-            "tokens_run": self.tokens_run,
-            "tokens_saved": self.tokens_saved,
-            "examples_per_second": rate * self.accelerator.num_processes,
+            "tokens_run": totals["tokens_run"],
+            "tokens_saved": totals["tokens_saved"],
+            "examples_per_second": totals["examples"] / (totals["seconds"] or math.inf),
         }
 
     def compute_loss(
@@ -218,10 +237,6 @@ class TrieTrainer(Trainer):
     ) -> Tensor:
         """Return this share's part of the global mean, shape ()."""
         assert num_items_in_batch is not None
-        if (inputs["labels"] != IGNORED).any():  # a ghost is no example
-            self.tokens_run += len(inputs["trie"])
-            self.tokens_saved += inputs["trie"].saved
-            self.examples += len(inputs["trie"].lengths)
         # Gradients are averaged over processes, hence the factor.
         share: Tensor = answer_loss(model, inputs) * self.accelerator.num_processes
         return share / num_items_in_batch
@@ -263,6 +278,7 @@ class TrieTrainer(Trainer):
                 name = type(callback).__name__
                 if name in self.state.stateful_callbacks:
                     self.state.stateful_callbacks[name] = callback.state()
+            self.state.stateful_callbacks[COUNTS] = dict(self.totals)
             self.state.save_to_json(str(partial / checkpoints.STATE))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -283,6 +299,11 @@ class TrieTrainer(Trainer):
             if isinstance(callback, EarlyStoppingCallback)
         )
         return (int(args[2]), 0) if spent else trained
+
+    def _load_callback_state(self) -> None:
+        # Taken out, because the Trainer would look for a callback of this name.
+        self.totals |= self.state.stateful_callbacks.pop(COUNTS, {})
+        super()._load_callback_state()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

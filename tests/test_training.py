@@ -100,6 +100,10 @@ def trail(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def counted(trainer):
+    return {name: count for name, count in trainer.totals.items() if name != "seconds"}
+
+
 def padded_loss(model, rows):
     """The mean loss that transformers computes on a padded batch with masked labels."""
     ids = [torch.tensor(row.prompt + row.answer) for row in rows]
@@ -336,9 +340,10 @@ def test_the_loss_is_logged_at_every_step(tmp_path):
 def test_tokens_run_and_saved_add_up(tmp_path):
     trainer = train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=2))
     tokens = 2 * sum(len(row.prompt) + len(row.answer) - 1 for row in ROWS)
-    assert trainer.tokens_run + trainer.tokens_saved == tokens
-    assert trainer.tokens_saved >= 2 * 3 * (10 - 3)  # three shared tokens, three steps an epoch
-    assert trainer.examples == 20
+    counts = trainer.counts()
+    assert counts["tokens_run"] + counts["tokens_saved"] == tokens
+    assert counts["tokens_saved"] >= 2 * 3 * (10 - 3)  # three shared tokens, three steps an epoch
+    assert trainer.totals["examples"] == 20
 
 
 def test_no_division_by_zero_hides_a_loss_that_is_not_a_number(tmp_path):
@@ -472,6 +477,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(method, stop_at, tm
     section = tiny.train(epochs=3, evaluations_per_epoch=2, micro_batch_size=2, schedule="cosine")
     straight = train(tmp_path / "a", tiny.adapted("llama", method, **changes), section)
     train(tmp_path / "b", tiny.adapted("llama", method, **changes), section, stop_at=stop_at)
+    state = json.loads((checkpoints.newest(tmp_path / "b") / checkpoints.STATE).read_text())
+    seconds = state["stateful_callbacks"]["counts"]["seconds"]
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
@@ -485,6 +492,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(method, stop_at, tm
     assert resumed.state.global_step == straight.state.global_step == 9
     assert trail(resumed) == trail(straight)
     assert trail(resumed, "learning_rate") == trail(straight, "learning_rate")
+    assert counted(resumed) == counted(straight)
+    assert resumed.totals["seconds"] > seconds > 0
     assert torch.equal(learned(resumed.model), learned(straight.model))
 
 
@@ -588,6 +597,8 @@ for method in tiny.METHODS:
     result[method] = {
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "sum": [float(t.double().sum()) for t in trainable_state(trainer.model).values()],
+        "tokens": trainer.totals["tokens_run"] + trainer.totals["tokens_saved"],
+        "examples": trainer.totals["examples"],
         "files": sorted(p.name for p in (out / method / "checkpoint-6").iterdir()),
     }
 if rank == 0:
@@ -626,6 +637,9 @@ def test_two_processes_leave_the_loss_trail_of_one(tmp_path):
     one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
     for method in tiny.METHODS:
         assert len(one[method]["loss"]) == 6
+        assert [two[method][key] for key in ("tokens", "examples")] == [
+            one[method][key] for key in ("tokens", "examples")
+        ]
         assert two[method]["loss"] == pytest.approx(one[method]["loss"], rel=1e-5)
         assert two[method]["sum"] == pytest.approx(one[method]["sum"], rel=1e-4, abs=1e-4)
         assert {"rng-0.json", "rng-1.json"} <= set(two[method]["files"])

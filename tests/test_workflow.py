@@ -99,6 +99,10 @@ def trail(run):
     return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
 
 
+def tokens(summary):
+    return summary["tokens_run"] + summary["tokens_saved"]
+
+
 def assert_same(found, expected, *, rel):
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=rel)
@@ -365,6 +369,8 @@ def test_two_processes_leave_the_trail_of_one_and_one_row_per_uid(trained, tiny_
     assert json.loads(told.out[end:])["n"] == 7
     assert told.err.count("parameters learn") == 1
     assert_same(trail(run), trail(trained), rel=1e-4)
+    alone = json.loads((trained / "environment.json").read_text("utf-8"))["training"]
+    assert tokens(summary) == tokens(alone)
     program.call("predict", run, "-o", tmp_path / "one").ok()
     two, one = rows(run), rows(tmp_path / "one")
     assert two[0] == one[0]
