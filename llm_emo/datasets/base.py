@@ -26,9 +26,9 @@ class Layout:
     """One arrangement of files in which a corpus is handed out.
 
     `files` maps each part (train, dev, test, or all) to glob patterns below one of
-    `bases`; a part is there when every one of its patterns matches a file. `read` turns a
-    base folder and a part into utterances. `extra` are files that enrich any part when
-    they are there.
+    `bases`, of which the first is where users are told to put them; a part is there when
+    every one of its patterns matches a file. `read` turns a base folder and a part into
+    utterances. `extra` are files that enrich any part when they are there.
     """
 
     name: str
@@ -107,14 +107,18 @@ class Corpus:
         return [(layout, base) for layout, base in bases if base is not None]
 
     def absent(self, root: Path | None, part: str | None = None) -> DatasetError:
-        """Return the error that names the missing file and how to get it."""
+        """Return the error that names the missing file and how to get it.
+
+        Where nothing is found, the file is named where `how_to_get` puts it: in the first base.
+        """
         if root is None:
             return DatasetError(
                 f"{self.name}: no data root was given; name the folder that holds "
                 f"{self.name}/ (--data-root); {self.how_to_get}"
             )
         found = self.find(root)
-        layout, base = found if found else (self.layouts[0], root / self.name)
+        preferred = self.layouts[0]
+        layout, base = found or (preferred, root / self.name / preferred.bases[0])
         if part is None:
             part = next(iter(layout.files))
         if part not in layout.files:

@@ -7,6 +7,7 @@ finds both.
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -137,6 +138,28 @@ def test_missing_corpus_names_a_file_and_how_to_get_it(corpus, tmp_path):
     assert corpus.how_to_get in str(caught.value)
     with pytest.raises(DatasetError, match="data root"):
         datasets.load(corpus.name, None)
+
+
+def test_doing_what_the_messages_say_file_by_file_ends_in_a_corpus(corpus, tmp_path):
+    if corpus.obtain is not None:
+        pytest.skip("fetched instead")
+    advised = tmp_path / re.search(r"into the folder ([\w/]+)", corpus.how_to_get)[1]
+    wanted = [part for part in SPLITS if part in corpus.layouts[0].files] or None
+    for _ in range(20):
+        try:
+            datasets.load(corpus.name, tmp_path, splits=wanted)
+        except DatasetError as error:
+            named = Path(re.search(r"no file (.*?); ", str(error))[1])
+            assert named.is_relative_to(advised)
+            there = sorted(FIXTURES.glob(str(named.relative_to(tmp_path))))
+            assert there, f"the fixture has no {named}"
+            for path in there:
+                target = tmp_path / path.relative_to(FIXTURES)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+        else:
+            return
+    pytest.fail("still incomplete")
 
 
 def test_missing_split_names_its_file_only_when_it_is_asked_for(corpus, tmp_path):
