@@ -106,7 +106,9 @@ def report(
     The metrics of `metrics.Report.as_dict`, with protocol, dataset and split, how often each
     outcome occurred, how many rows have no gold label (those cannot be measured and are in no
     other number but the outcomes), and what the intervals resample: `ci_unit` is "dialogue", or
-    "row" where none has two rows.
+    "row" where none has two rows. `expected_rows` is the protocol's published number of rows of
+    this split and `complete` whether all of them were measured; both are None where none is
+    published.
 
     Args:
         header: What made the predictions; its protocol says which labels `f1` averages over.
@@ -119,6 +121,7 @@ def report(
     """
     from llm_emo import protocols
 
+    protocol = protocols.get(header.protocol)
     rows = [(p, p.gold) for p in predictions if p.gold is not None]
     if groups is not None:
         for prediction, _ in rows:
@@ -135,8 +138,9 @@ def report(
         groups=None if groups is None else [groups[p.uid] for p, _ in rows],
         # Calibration over some of the rows would be a number about other rows than the rest.
         probabilities=probabilities if len(probabilities) == len(rows) else None,
-        averaged_over=protocols.get(header.protocol).averaged_over,
+        averaged_over=protocol.averaged_over,
     ).as_dict()
+    expected = protocol.expected_rows(header.split)
     outcomes = Counter(p.outcome for p in predictions)
     units = {p.uid if groups is None else groups[p.uid] or p.uid for p, _ in rows}
     return {
@@ -147,6 +151,8 @@ def report(
         **measured,
         "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
         "without_gold": len(predictions) - len(rows),
+        "expected_rows": expected,
+        "complete": None if expected is None else len(rows) == expected,
         "ci_unit": "row" if len(units) == len(rows) else "dialogue",
     }
 

@@ -50,7 +50,8 @@ class Protocol:
     `labels` are canonical names in the order of their ids. `gold` gives an utterance's
     label, or None where the protocol leaves it out. `metrics[0]` is the headline and
     selects models on dev; `averaged_over` are the labels of the metric `f1`. `in_test`
-    leaves out further rows of the test split only. `n_test` is the published size.
+    leaves out further rows of the test split only. `n_test` is the published size of the test
+    split, None where it is cross-validated or made here.
     """
 
     name: str
@@ -63,6 +64,25 @@ class Protocol:
     n_test: int | None = None
     partition: Partition = "official"
     in_test: Callable[[Utterance], bool] = field(default=lambda utterance: True, repr=False)
+
+    def expected_rows(self, split: Split) -> int | None:
+        """Return how many rows `split` has where the protocol is published, if that is known."""
+        return self.n_test if split == "test" else None
+
+    def size_warning(self, split: Split, rows: int) -> str | None:
+        """Return what is wrong with numbers on `rows` rows of `split`, or None.
+
+        Half a test file is no error, because people try things out on it; but a number on it
+        must not pass for one under the protocol.
+        """
+        expected = self.expected_rows(split)
+        if expected is None or rows == expected:
+            return None
+        return (
+            f"{self.name}: found {rows:,} rows in the {split} split, expected {expected:,}; "
+            "numbers on them are not comparable with published ones (is a corpus file cut or "
+            "changed, or data.limit set?)"
+        )
 
 
 @dataclass(frozen=True)

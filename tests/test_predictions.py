@@ -338,3 +338,18 @@ def test_a_report_resamples_whole_groups() -> None:
     assert alone["ci_unit"] == predictions.report(HEADER, rows)["ci_unit"] == "row"
     with pytest.raises(PredictionsError, match="uid 'b' belongs to no row of dataset mastodon"):
         predictions.report(HEADER, rows, groups={"a": "d"})
+
+
+def test_a_report_says_whether_it_covers_the_published_test_split() -> None:
+    header = HEADER.model_copy(update={"protocol": "ch_sims3", "dataset": "ch_sims"})
+    whole = [prediction(str(number)) for number in range(457)]
+
+    def told(rows: list[Prediction], **changes: Any) -> tuple[int | None, bool | None]:
+        report = predictions.report(header.model_copy(update=changes), rows)
+        return report["expected_rows"], report["complete"]
+
+    assert told(whole) == (457, True)
+    assert told(whole[1:]) == (457, False)
+    assert told([*whole[1:], prediction("x", gold=None)]) == (457, False)
+    assert told(whole, split="dev") == (None, None)
+    assert told(whole, protocol="vader3") == (None, None)

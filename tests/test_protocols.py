@@ -280,3 +280,20 @@ def test_leaks_notice_conflicting_labels():
         Row(Utterance("u", "other", label="a"), "a"),
     ]
     assert protocols.leaks(train, test) == [{"test": "t", "train": ["0", "1"], "same_label": False}]
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("name", protocols.names())
+def test_another_number_of_test_rows_than_published_is_warned_of(name):
+    protocol = protocols.get(name)
+    if protocol.n_test is None:
+        assert protocol.size_warning("test", 5) is None
+        return
+    assert protocol.size_warning("test", protocol.n_test) is None
+    for rows in (protocol.n_test - 1, protocol.n_test + 1):
+        warning = protocol.size_warning("test", rows)
+        assert f"{name}: found {rows:,} rows" in warning
+        assert f"expected {protocol.n_test:,}" in warning
+    assert protocol.size_warning("train", 1) is protocol.size_warning("dev", 1) is None

@@ -168,8 +168,11 @@ def test_recipes_train_and_evaluate(recipe, changes, tiny_folder, tmp_path):
 def test_a_report_has_the_keys_of_the_design(run_copy):
     report = evaluate(run_copy)
     assert report.keys() >= REPORT_KEYS
-    assert report.keys() - REPORT_KEYS == {"dataset", "split", "outcomes", "without_gold",
-                                           "ci_unit", "f1"} & report.keys()  # fmt: skip
+    assert report.keys() - REPORT_KEYS == {
+        "dataset", "split", "outcomes", "without_gold", "ci_unit", "expected_rows", "complete"
+    }  # fmt: skip
+    assert report["expected_rows"] == 1142
+    assert report["complete"] is False
     labels = ["negative", "neutral", "positive"]
     assert list(report["per_class"]) == labels
     assert all(set(v) == {"precision", "recall", "f1", "support"}
