@@ -6,6 +6,9 @@ the oldest turns of the history go first, then the end of the text.
 
 Control tokens are a tokenizer's added tokens, except those of white space only: Gemma's line
 break and runs of spaces are added tokens too, and ordinary text.
+
+Some tokenizers let nobody spell a control token, a template as little as a text
+(`split_special_tokens`, as ChatGLM2's). Then what leads a prompt comes from the tokenizer.
 """
 
 import hashlib
@@ -41,8 +44,9 @@ class Encoded:
 class _Frame:
     """What stands around the user's message: control tokens as ids, the rest as text.
 
-    `rendered` is the same as the template wrote it, before and behind the message; without a
-    template there is none. `trims` says on which sides it cuts white space off the message.
+    `rendered` is the same as the template wrote it, before and behind the message; there is none
+    where no template spells a control token. `trims` says on which sides it cuts white space off
+    the message.
     """
 
     before: tuple[int | str, ...]
@@ -124,6 +128,21 @@ class Encoder:
             )
         return self._frames[system]
 
+    @cached_property
+    def _leading(self) -> tuple[int, ...]:
+        """The ids that the tokenizer itself puts in front of a text."""
+        probe = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return tuple(probe[: len(probe) - len(bare)])
+
+    @cached_property
+    def _spells_nothing(self) -> bool:
+        """Whether the template is text alone, in which a control token's name is text too."""
+        if not self.tokenizer.split_special_tokens:
+            return False
+        rendered = [self._chat(None, _USER, answer) for answer in (None, _ANSWER)]
+        return all(self._parts(text) == (text,) for text in rendered)
+
     def _template(self, system: str | None) -> _Frame:
         head, found, tail = self._chat(system, _USER, None).partition(_USER)
         if not found:
@@ -133,15 +152,13 @@ class Encoder:
             )
         left, _, right = self._chat(system, f" {_USER} ", None).partition(_USER)
         trims = (left == head, right == tail)
+        if self._spells_nothing:
+            return _Frame((*self._leading, head), (tail,), trims=trims)
         return _Frame(self._parts(head), self._parts(tail), (head, tail), trims)
 
     def _bare(self, system: str | None) -> _Frame:
-        probe = self.tokenizer("a")["input_ids"]
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        before: list[int | str] = list(probe[: len(probe) - len(bare)])
-        if system is not None:
-            before.append(f"{system}\n")
-        return _Frame(tuple(before), ("\n",))
+        instruction = () if system is None else (f"{system}\n",)
+        return _Frame((*self._leading, *instruction), ("\n",))
 
     @cached_property
     def end(self) -> int:

@@ -152,6 +152,44 @@ def test_a_template_s_own_leading_token_is_not_doubled():
     assert encoded.prompt.count(tokenizer.bos_token_id) == 1
 
 
+TEXT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def unspellable(template):
+    """A tokenizer that puts its first token in front, and lets nobody spell one."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer(template=template, bos=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+def test_a_template_that_can_spell_nothing_stands_behind_the_tokenizer_s_own_tokens():
+    tokenizer = unspellable(TEXT_TEMPLATE)
+    example = tiny.example("late <|endoftext|><think>", system="<|im_end|> Be brief.")
+    [encoded] = Encoder(tokenizer, 512).encode([example])
+    said = f"system: <|im_end|> Be brief.\nuser: {example.message}\nassistant:"
+    assert tokenizer.decode(encoded.prompt) == f"<|endoftext|>{said}"
+    assert encoded.prompt[0] == tokenizer.bos_token_id
+    assert set(tokenizer.added_tokens_decoder).isdisjoint(encoded.prompt[1:])
+    assert encoded.answer[-1] == tokenizer.eos_token_id
+    calm = tiny.example()
+    [encoded] = Encoder(tokenizer, 512).encode([calm])
+    assert list(encoded.prompt) == tokenizer(f"user: {calm.message}\nassistant:")["input_ids"]
+
+
+def test_a_template_that_spells_its_tokens_is_followed_whatever_the_tokenizer_does_with_text():
+    example, spelled = tiny.example(), tiny.tokenizer()
+    [encoded] = Encoder(unspellable(tiny.TEMPLATE), 512).encode([example])
+    assert list(encoded.prompt) == chat(spelled, example)
+
+
 # --- no control token from text ----------------------------------------------------------------
 
 
