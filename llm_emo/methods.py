@@ -1,17 +1,15 @@
 """Adaptation methods: how a base model is wrapped, and how what it learned is kept.
 
-LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) is PEFT's own. P-Tuning v2 (Liu et al.
-2021, https://arxiv.org/abs/2110.07602) is what PEFT calls prefix tuning: its parameters live in
-PEFT's `PrefixEncoder`, but they are attended to *inside* attention instead of being injected
-as a cache. The injection moves every token's position by the prefix length, forbids gradient
-checkpointing, and breaks with each change of the cache classes; inside attention the prefix is
-the un-rotated keys and values that ChatGLM2's own implementation has, tokens start at
-position 0, and it composes with the token trie because every node may see it.
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) is PEFT's own; P-Tuning v2 is in
+`models/prefix.py`.
 
-Letters: P prefix length, M layers, G key-value heads, D head dimension.
+A quantised base (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) is wrapped like
+any other. PEFT's `prepare_model_for_kbit_training` would turn all that is not quantised into
+float32: embeddings and head alone cost 1 GiB at 6B, and the residual stream doubles. It is
+meant for float16, which is never used here; in bfloat16 the norms compute in float32 anyway, the
+loss takes logits in float32, and adapters learn in float32 over any base.
 """
 
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,69 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixEncoder,
-    PrefixTuningConfig,
-    get_peft_model,
-    prepare_model_for_kbit_training,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llm_emo import attention, recipes
+from llm_emo import recipes
 from llm_emo.errors import AdapterError, ModelError
+from llm_emo.models.prefix import PTuningV2Model as PTuningV2Model
+from llm_emo.models.prefix import p_tuning_v2
+from llm_emo.models.prefix import rotate_keys as rotate_keys
 
 PREFIX_FILE = "prefix_encoder.safetensors"
-
-
-class PTuningV2Model(nn.Module):
-    """A frozen causal LM with a trainable prefix of keys and values in every layer.
-
-    `encoder` is PEFT's; its flat output (P, 2*M*G*D) is viewed as (P, 2M, G, D), where index
-    2i holds the keys and 2i + 1 the values of layer i, as in the original's `PrefixEncoder`.
-    """
-
-    def __init__(self, base: PreTrainedModel, config: PrefixTuningConfig, dropout: float) -> None:
-        super().__init__()
-        base.requires_grad_(False)
-        base.set_attn_implementation(attention.NAME)
-        if base.config._attn_implementation != attention.NAME:
-            raise ModelError(f"{base.config.model_type}: attention cannot be exchanged")
-        self.base = base
-        self.peft_config = config
-        self.encoder = PrefixEncoder(config).to(base.device)
-        self.dropout = nn.Dropout(dropout)
-
-    @property
-    def config(self) -> Any:
-        """The base model's config."""
-        return self.base.config
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute layers in the backward pass; the prefix is kept."""
-        self.base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
-        )
-
-    def prefix(self) -> Tensor:
-        """Return the prefix, shape (P, 2M, G, D), before dropout."""
-        config = self.peft_config
-        tokens = torch.arange(config.num_virtual_tokens, device=self.base.device)
-        heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-        flat: Tensor = self.encoder(tokens[None])[0]
-        return flat.view(config.num_virtual_tokens, 2 * config.num_layers, heads, width)
-
-    def forward(self, **inputs: Any) -> Any:
-        """Run the base model with the prefix in front of every layer's keys and values."""
-        return self.base(**inputs, prefix=self.dropout(self.prefix()))
 
 
 @dataclass(frozen=True)
@@ -97,7 +44,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count parameters; those packed by bitsandbytes count as what they hold."""
+    """Count parameters, each once; those packed by bitsandbytes count as what they hold."""
     trainable = total = 0
     for parameter in model.parameters():
         number = parameter.numel()
@@ -123,11 +70,10 @@ def adapt(
             the prefix; repeated or cut to the prefix length.
 
     Raises:
-        ModelError: a LoRA target module does not exist in this architecture.
+        ModelError: a LoRA target module does not exist in this architecture, or no block has
+            the projections that are to share their A.
     """
     base.config.use_cache = False
-    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model: nn.Module
     match method:
         case recipes.ZeroShot():
@@ -137,7 +83,7 @@ def adapt(
         case recipes.Lora():
             model = _lora(base, method)
         case recipes.PTuningV2():
-            model = _p_tuning_v2(base, method, prefix_ids)
+            model = p_tuning_v2(base, method, prefix_ids)
     return model
 
 
@@ -151,7 +97,7 @@ def _lora(base: PreTrainedModel, method: recipes.Lora) -> PeftModel:
             f"method.target_modules: {base.config.model_type} has no linear module called "
             f"{', '.join(missing)} (known: {', '.join(sorted(linear))})"
         )
-    return get_peft_model(
+    model = get_peft_model(
         base,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -162,96 +108,44 @@ def _lora(base: PreTrainedModel, method: recipes.Lora) -> PeftModel:
             bias="none",
         ),
     )
-
-
-def _p_tuning_v2(
-    base: PreTrainedModel, method: recipes.PTuningV2, prefix_ids: Sequence[int]
-) -> PTuningV2Model:
-    text = base.config.get_text_config()
-    heads = text.num_key_value_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=method.prefix_length,
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        token_dim=heads * width,
-        num_transformer_submodules=1,
-        prefix_projection=method.projection,
-        encoder_hidden_size=method.projection_size or heads * width,
-        base_model_name_or_path=base.name_or_path,
-    )
-    model = PTuningV2Model(base, config, method.dropout)
-    if method.init == "text":
-        if method.projection:
-            raise ModelError(
-                "method.init: text starts the prefix itself; with projection: true "
-                "the prefix is an output, so take init: random"
-            )
-        if not prefix_ids:
-            raise ModelError("method.init: text needs at least one token of method.init_text")
-        ids = [prefix_ids[i % len(prefix_ids)] for i in range(method.prefix_length)]
-        start = _keys_and_values(base, ids).flatten(1)
-        model.encoder.embedding.weight.data.copy_(start)
+    if method.tie_a:
+        _tie_a(model)
     return model
 
 
-@torch.no_grad()
-def _keys_and_values(base: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the model's own keys and values of `ids`, shape (P, 2M, G, D), fp32.
+def _tie_a(model: PeftModel) -> None:
+    """Let the query, key and value projections of every block train one and the same A.
 
-    They are placed as if the text stood immediately in front of position 0, which is where an
-    un-rotated prefix of length P sits after a rotation by -P.
+    The update of one layer whose rows are [q | k | v] is B·A with B = [Bq; Bk; Bv]: three
+    updates Bq·A, Bk·A, Bv·A. With dropout 0 that is LoRA on ChatGLM2's `query_key_value`,
+    step for step; with dropout each of the three draws its own mask.
     """
-    cache = DynamicCache()
-    tokens = torch.tensor([list(ids)], device=base.device)
-    base(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    pairs = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # (G, P, D)
-    prefix = torch.stack(pairs, dim=1).permute(2, 1, 0, 3).float()
-    return rotate_keys(base, prefix, -len(ids))
-
-
-@torch.no_grad()
-def rotate_keys(base: PreTrainedModel, prefix: Tensor, by: int) -> Tensor:
-    """Turn the keys of a prefix, shape (P, 2M, G, D), on by `by` positions.
-
-    Rotary embeddings are rotations: token p of a model whose prefix fills positions 0..P-1
-    stands at p + P, so a prefix turned on by P there means what the un-turned one means here.
-    The architecture's own functions do it (partial and interleaved variants included).
-    """
-    apply = getattr(inspect.getmodule(type(base)), "apply_rotary_pos_emb", None)
-    decoder = base.get_decoder()
-    rotary = getattr(decoder, "rotary_emb", None)
-    if apply is None or rotary is None:
+    tied = 0
+    for block in model.modules():
+        layers: list[Any] = [getattr(block, name, None) for name in recipes.QUERY_KEY_VALUE]
+        if None in layers:
+            continue
+        query, *others = (layer.lora_A["default"] for layer in layers)
+        for other in others:
+            if other.weight.shape != query.weight.shape:
+                raise ModelError(
+                    f"method.tie_a: in {model.config.model_type} the query, key and value "
+                    "projections read inputs of different widths; remove method.tie_a"
+                )
+            other.weight = query.weight
+        tied += 1
+    if not tied:
         raise ModelError(
-            f"{base.config.model_type} has no rotary position embedding; "
-            "P-Tuning v2 here needs one (Llama, Qwen, Gemma, GLM families)"
+            f"method.tie_a: {model.config.model_type} has no attention block with "
+            f"{', '.join(recipes.QUERY_KEY_VALUE)} side by side"
         )
-    text = base.config.get_text_config()
-    per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    turned = prefix.clone()
-    at = torch.full((1, prefix.shape[0]), abs(by), device=prefix.device)
-    for layer in range(prefix.shape[1] // 2):
-        kind = (text.layer_types[layer],) if per_kind else ()
-        cos, sin = rotary(prefix, at, *kind)
-        # Some variants scale cos and sin to sharpen attention; only the angle is wanted here.
-        scale = (cos[..., :1] ** 2 + sin[..., :1] ** 2).sqrt()
-        cos, sin = cos / scale, (sin if by > 0 else -sin) / scale
-        keys = prefix[:, 2 * layer].transpose(0, 1)[None]  # (1, G, P, D)
-        turned[:, 2 * layer] = apply(keys, keys, cos, sin)[0][0].transpose(0, 1).to(prefix.dtype)
-    return turned
 
 
 # --- what was learned, on disk --------------------------------------------------------------
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that learn, by name, on the CPU."""
+    """Return the parameters that learn, by name, on the CPU; a shared one once."""
     return {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -281,7 +175,15 @@ def load_trainable_state(model: nn.Module, state: dict[str, Tensor], source: Pat
 
 
 def untrained(model: nn.Module) -> list[str]:
-    """Return the LoRA B matrices that are still zero: layers that learned nothing."""
+    """Return the adapter layers that are still what training started from.
+
+    They are the LoRA B matrices that are still zero, and the layers whose prefix has not moved.
+    A is not asked: it has no gradient before its B has moved, so after a single step it rightly
+    stands where it stood, and while B is zero the layer is named anyway.
+    """
+    match model:
+        case PTuningV2Model():
+            return model.unmoved()
     return [
         name
         for name, parameter in model.named_parameters()
@@ -293,7 +195,8 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write what was learned in the layout that stock PEFT reads.
 
     A prefix is written turned on by P positions, as stock PEFT injects it; with a projection
-    the encoder itself is kept beside it, because PEFT's layout has no place for it.
+    the encoder itself is kept beside it, because PEFT's layout has no place for it. An A that
+    several layers share is written once for each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     match model:
@@ -353,9 +256,32 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 name.replace(".weight", ".default.weight") if ".lora_" in name else name: tensor
                 for name, tensor in _read(weights).items()
             }
-            load_trainable_state(model, state, weights)
+            load_trainable_state(model, _each_once(model, state, weights), weights)
         case _:
             load_trainable_state(model, _read(folder / "model.safetensors"), folder)
+
+
+def _each_once(model: nn.Module, state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Return `state` without the further copies of parameters that `model` shares.
+
+    Raises:
+        AdapterError: the copies of a shared parameter are not all there, or differ.
+    """
+    kept = dict(state)
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = first.setdefault(id(parameter), name)
+        if own == name or not parameter.requires_grad:
+            continue
+        copy, original = kept.pop(name, None), state.get(own)
+        if copy is None:
+            raise AdapterError(f"{source}: does not fit the model: missing {name}")
+        if original is not None and not torch.equal(copy, original):
+            raise AdapterError(
+                f"{source}: {own} and {name} differ, but method.tie_a: true has one A for both; "
+                "load it with --set method.tie_a=false"
+            )
+    return kept
 
 
 def _read(path: Path) -> dict[str, Tensor]:

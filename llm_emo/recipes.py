@@ -128,6 +128,10 @@ class Model(_Section):
         return self
 
 
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+"""The three projections of an attention block, which all read the block's input."""
+
+
 class Lora(_Section):
     """Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -144,12 +148,22 @@ class Lora(_Section):
         strict=False, min_length=1
     )
     """Names of the adapted linear layers, as they end in the model's module names."""
+    tie_a: bool = False
+    """Train one A for the query, key and value projections together, which is what LoRA on the one
+    `query_key_value` layer of ChatGLM2's own code does; `target_modules` must be these three."""
 
     @model_validator(mode="after")
-    def _names_every_layer_once(self) -> Self:
+    def _names_layers_that_fit(self) -> Self:
+        named = ", ".join(self.target_modules)
         if len(set(self.target_modules)) != len(self.target_modules):
             raise conflict(
-                f"'method.target_modules': names a layer twice: {', '.join(self.target_modules)}",
+                f"'method.target_modules': names a layer twice: {named}", "method.target_modules"
+            )
+        if self.tie_a and set(self.target_modules) != set(QUERY_KEY_VALUE):
+            raise conflict(
+                "'method.tie_a': true needs 'method.target_modules' "
+                f"[{', '.join(QUERY_KEY_VALUE)}], which read the same input; found [{named}]",
+                "method.tie_a",
                 "method.target_modules",
             )
         return self
@@ -166,6 +180,9 @@ class PTuningV2(_Section):
     """Compute the prefix with a two-layer MLP from an embedding, instead of training it itself."""
     projection_size: int | None = Field(None, ge=1)
     """Hidden units of that MLP; required with `projection: true`, refused without."""
+    projection_input: Literal["layer", "all"] = "layer"
+    """Width of the embedding that the MLP reads: of one layer's keys, as in PEFT, or of all layers'
+    keys and values, as in ChatGLM2's own code; `all` is refused without `projection: true`."""
     dropout: float = Field(ge=0, lt=1)
     """Dropout on the prefix, as a probability."""
     init: Literal["text", "random"]
@@ -187,6 +204,13 @@ class PTuningV2(_Section):
                 "remove it",
                 "method.projection",
                 "method.projection_size",
+            )
+        if not self.projection and self.projection_input != "layer":
+            raise conflict(
+                "'method.projection_input': has no effect with 'method.projection: false'; "
+                "remove it",
+                "method.projection",
+                "method.projection_input",
             )
         if self.init == "text" and self.init_text is None:
             raise conflict(

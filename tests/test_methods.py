@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
-from llm_emo import recipes
+from llm_emo import checkpoints, recipes
 from llm_emo.errors import AdapterError, ModelError
 from llm_emo.methods import (
     PREFIX_FILE,
@@ -77,9 +77,12 @@ def test_p_tuning_trains_a_key_and_a_value_a_head_a_layer_and_a_position(archite
     assert model.prefix().shape == (5, 4, 2, 8)
 
 
-def test_the_projection_trains_its_two_layers():
-    model = adapt(tiny.model(), tiny.p_tuning(prefix_length=5, projection=True, projection_size=7))
-    width, out = 2 * 8, 2 * 2 * 2 * 8
+@pytest.mark.parametrize(("reads", "width"), [("layer", 2 * 8), ("all", 2 * 2 * 2 * 8)])
+def test_the_projection_trains_its_two_layers(reads, width):
+    section = tiny.p_tuning(
+        prefix_length=5, projection=True, projection_size=7, projection_input=reads
+    )
+    model, out = adapt(tiny.model(), section), 2 * 2 * 2 * 8
     assert count_parameters(model).trainable == 5 * width + (width + 1) * 7 + (7 + 1) * out
 
 
@@ -327,16 +330,22 @@ def test_stock_peft_reads_a_saved_lora(architecture, tmp_path):
 
 
 @architectures
-@pytest.mark.parametrize("projection", [False, True])
-def test_stock_peft_reads_a_saved_prefix(architecture, projection, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"projection": True, "projection_size": 6},
+        {"projection": True, "projection_size": 6, "projection_input": "all"},
+    ],
+)
+def test_stock_peft_reads_a_saved_prefix(architecture, changes, tmp_path):
     """Injected as a cache, a prefix sits at 0..P-1 and the tokens behind it.
 
     In Gemma-3's sliding layers stock PEFT therefore loses the prefix as the tokens move on, as
     it would lose a text; equality holds inside the window.
     """
     sequence = SHORT if architecture == "gemma3" else SEQUENCE
-    size = 6 if projection else None
-    model = tiny.adapted(architecture, "p_tuning_v2", projection=projection, projection_size=size)
+    model = tiny.adapted(architecture, "p_tuning_v2", **changes)
     save_adapter(model, tmp_path)
     base = tiny.model(architecture)
     stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
@@ -387,6 +396,7 @@ def test_a_prefix_that_stock_peft_trained_is_read_with_its_meaning(tmp_path):
         ("lora", {}),
         ("p_tuning_v2", {}),
         ("p_tuning_v2", {"projection": True, "projection_size": 6}),
+        ("p_tuning_v2", {"projection": True, "projection_size": 6, "projection_input": "all"}),
     ],
 )
 def test_what_is_saved_is_what_is_loaded(architecture, method, changes, tmp_path):
@@ -463,6 +473,14 @@ def test_a_projected_prefix_needs_its_encoder_beside_it(tmp_path):
         load_adapter(tiny.adapted("llama", "p_tuning_v2", **changes), tmp_path)
 
 
+def test_a_projection_of_another_input_is_refused_with_both_shapes(tmp_path):
+    changes = {"projection": True, "projection_size": 6}
+    save_adapter(tiny.adapted("llama", "p_tuning_v2", **changes), tmp_path)
+    other = tiny.adapted("llama", "p_tuning_v2", **changes, projection_input="all")
+    with pytest.raises(AdapterError, match=r"embedding.weight has shape \(4, 16\).*\(4, 64\)"):
+        load_adapter(other, tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
 @methods
 def test_an_absent_or_broken_adapter_file_is_named(method, content, tmp_path):
@@ -509,7 +527,178 @@ def test_untrained_names_the_b_matrices_that_are_still_zero():
         dict(model.named_parameters())[names[0]].add_(1)
     assert untrained(model) == names[1:]
     assert untrained(tiny.adapted("llama", "lora")) == []
-    assert untrained(tiny.adapted("llama", "p_tuning_v2")) == []
+
+
+@architectures
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"init": "text", "init_text": "any"},
+        {"projection": True, "projection_size": 6},
+        {"projection": True, "projection_size": 6, "projection_input": "all"},
+    ],
+)
+def test_untrained_names_the_layers_whose_prefix_has_not_moved(architecture, changes):
+    model = adapt(tiny.model(architecture), tiny.p_tuning(**changes), prefix_ids=PREFIX_IDS)
+    assert untrained(model) == ["prefix of layer 0", "prefix of layer 1"]
+    backward(model)
+    torch.optim.SGD(model.encoder.parameters(), lr=0.1).step()
+    assert untrained(model) == []
+
+
+def test_untrained_sees_a_single_layer_that_no_gradient_reached():
+    model = adapt(tiny.model(), tiny.p_tuning())
+    with torch.no_grad():
+        model.encoder.embedding.weight[:, :32] += 1e-3  # layer 0: (2, G, D) = 32 numbers
+    assert untrained(model) == ["prefix of layer 1"]
+
+
+@architectures
+@pytest.mark.parametrize("tie_a", [False, True])
+def test_a_moves_as_soon_as_b_has(architecture, tie_a):
+    """So an A that stands still is no sign of a layer that does not learn, but its B is."""
+    section = tiny.lora(target_modules=recipes.QUERY_KEY_VALUE, tie_a=tie_a)
+    model = adapt(tiny.model(architecture), section)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    moved = []
+    for _ in range(2):
+        backward(model)
+        optimizer.step()
+        now = dict(model.named_parameters())
+        moved.append([not torch.equal(now[name], tensor) for name, tensor in start.items()])
+        assert untrained(model) == []
+    assert not any(moved[0])
+    assert all(moved[1])
+
+
+# --- one A for queries, keys and values --------------------------------------------------------
+
+TIED = {"target_modules": recipes.QUERY_KEY_VALUE, "tie_a": True}
+
+
+def tied(architecture="llama", **changes):
+    return tiny.adapted(architecture, "lora", **TIED | changes)
+
+
+@architectures
+def test_a_tied_a_is_counted_once_in_every_block(architecture):
+    separate = adapt(tiny.model(architecture), tiny.lora(**TIED | {"tie_a": False}))
+    model = adapt(tiny.model(architecture), tiny.lora(**TIED))
+    assert count_parameters(separate).trainable == 2 * 2 * (3 * 32 + 32 + 16 + 16)
+    assert count_parameters(model).trainable == 2 * 2 * (1 * 32 + 32 + 16 + 16)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum(".lora_A." in name for name in names) == 2
+    assert sum(".lora_B." in name for name in names) == 6
+
+
+@architectures
+def test_a_tied_a_gets_the_sum_of_the_three_gradients(architecture):
+    """The chain rule: what three separate A of equal values would get, added."""
+    model, separate = (
+        tied(architecture),
+        tiny.adapted(architecture, "lora", **TIED | {"tie_a": False}),
+    )
+    own = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in separate.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(own[name])
+    backward(model)
+    backward(separate)
+    for name, parameter in separate.named_parameters():
+        if ".lora_B." in name:
+            torch.testing.assert_close(own[name].grad, parameter.grad)
+        if "q_proj.lora_A." in name:
+            at = dict(separate.named_parameters())
+            total = sum(at[name.replace("q_proj", part)].grad for part in recipes.QUERY_KEY_VALUE)
+            torch.testing.assert_close(own[name].grad, total)
+
+
+@architectures
+def test_a_tied_adapter_is_saved_for_stock_peft_and_comes_back_tied(architecture, tmp_path):
+    model = tied(architecture)
+    save_adapter(model, tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(".lora_A." in name for name in state) == 6, "stock PEFT wants one each"
+    stock = PeftModel.from_pretrained(tiny.model(architecture), str(tmp_path)).eval()
+    assert (logits(stock) - logits(model)).abs().max() < 1e-5
+    for tie_a in (True, False):
+        other = tiny.adapted(architecture, "lora", seed=9, **TIED | {"tie_a": tie_a})
+        assert (logits(other) - logits(model)).abs().max() > 1e-3
+        load_adapter(other, tmp_path)
+        assert torch.equal(logits(other), logits(model))
+        count = count_parameters(
+            adapt(tiny.model(architecture), tiny.lora(**TIED | {"tie_a": tie_a}))
+        )
+        assert count_parameters(other) == count
+        assert backward(other).abs().max() > 0
+
+
+@architectures
+def test_a_tied_adapter_merges_as_it_runs(architecture):
+    model = tied(architecture)
+    before = logits(model)
+    assert (logits(model.merge_and_unload()) - before).abs().max() < 1e-4
+
+
+def test_a_tied_adapter_resumes_from_a_checkpoint_to_the_bit(tmp_path):
+    def steps(model, optimizer, schedule, count):
+        for seed in range(count):
+            model.train()
+            answer_loss(model, collate(tiny.encoded(4, seed=seed))).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    def begin(seed):
+        model = tied(seed=seed)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        return model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    whole = begin(0)
+    steps(*whole, 3)
+    checkpoints.save_model(tmp_path, whole[0])
+    checkpoints.save_optimizer(tmp_path, *whole[1:])
+    steps(*whole, 3)
+    resumed = begin(1)
+    checkpoints.load_model(tmp_path, resumed[0])
+    checkpoints.load_optimizer(tmp_path, *resumed[1:])
+    steps(*resumed, 3)
+    assert torch.equal(logits(resumed[0]), logits(whole[0]))
+
+
+@pytest.mark.parametrize("damage", ["differs", "missing"])
+def test_an_adapter_with_other_a_s_does_not_load_as_tied(damage, tmp_path):
+    save_adapter(tied(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if "k_proj.lora_A" in name)
+    if damage == "differs":
+        state[name] = state[name] + 1e-3
+    else:
+        del state[name]
+    save_file(state, path)
+    model = tied(seed=9)
+    before = logits(model)
+    with pytest.raises(AdapterError, match=r"tie_a=false|missing .*k_proj"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_tying_needs_a_block_with_the_three_projections():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
+
+    from llm_emo.methods import _tie_a
+
+    model = Fused()
+    model.config = tiny.config("llama")
+    with pytest.raises(ModelError, match=r"method\.tie_a: llama has no attention block"):
+        _tie_a(model)
 
 
 def test_p_tuning_is_a_wrapper_that_keeps_the_base_untouched():

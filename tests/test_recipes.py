@@ -389,6 +389,8 @@ def test_an_override_is_not_blamed_for_what_the_file_got_wrong(write):
         ("mastodon/p_tuning_v2", ["method.init_text=null"], "text needs 'method.init_text'"),
         ("mastodon/p_tuning_v2", ["method.projection=true"], "needs 'method.projection_size'"),
         ("mastodon/p_tuning_v2", ["method.projection_size=8"], "has no effect with"),
+        ("mastodon/p_tuning_v2", ["method.projection_input=all"], "has no effect with"),
+        ("mastodon/lora", ["method.tie_a=true"], "true needs 'method.target_modules' [q_proj, "),
         ("mastodon/lora", ["prompt.history_window=2"], "shows no history; set it to 0"),
         ("mastodon/lora", ["prompt.name=papre"], "did you mean 'paper'?"),
         ("mastodon/lora", ["data.protocol=sst2"], "not of 'mastodon' (its own: mastodon"),
@@ -411,6 +413,22 @@ def test_settings_that_contradict_each_other_are_refused(name, overrides, said):
 def test_a_prefix_cannot_start_from_text_through_a_projection():
     message = refusal("mastodon/p_tuning_v2", "method.projection=true", "method.projection_size=64")
     assert "cannot start an MLP" in message
+
+
+def test_the_layers_that_share_an_a_may_be_named_in_any_order():
+    order = "method.target_modules=[v_proj, q_proj, k_proj]"
+    assert recipes.load("mastodon/lora", [order, "method.tie_a=true"]).method.tie_a
+    assert not recipes.load("mastodon/lora", [order]).method.tie_a
+
+
+def test_a_recipe_without_the_newer_keys_means_what_it_always_meant():
+    """Recipes and runs from before these keys existed go on loading."""
+    for name in ("mastodon/lora", "mastodon/p_tuning_v2"):
+        text = recipes.source(name).read_text("utf-8")
+        assert "tie_a" not in text
+        assert "projection_input" not in text
+    assert recipes.load("mastodon/lora").method.tie_a is False
+    assert recipes.load("mastodon/p_tuning_v2").method.projection_input == "layer"
 
 
 def test_the_origin_of_a_model_follows_from_its_name_and_revision(tmp_path):

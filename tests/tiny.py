@@ -221,6 +221,7 @@ def lora(**changes: Any) -> recipes.Lora:
         "alpha": 4.0,
         "dropout": 0.0,
         "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "tie_a": False,
     }
     return recipes.Lora(**fields | changes)
 
@@ -232,6 +233,7 @@ def p_tuning(**changes: Any) -> recipes.PTuningV2:
         "prefix_length": 4,
         "projection": False,
         "projection_size": None,
+        "projection_input": "layer",
         "dropout": 0.0,
         "init": "random",
         "init_text": None,

@@ -3,25 +3,21 @@
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from llm_emo import attention, recipes
 from llm_emo.errors import JobFailed, ModelError
-from llm_emo.models import bundled
+from llm_emo.models import bundled, quantised
 
 # Of the config, what a user may change without changing the function that is computed.
 _VOLATILE = (
@@ -38,8 +34,8 @@ class Base:
     tokenizer: Any
     name: str
     revision: str | None
-    vectors: str
-    """Hash of the weights as they were loaded, from the norms and biases: see `hash_vectors`."""
+    weights: str
+    """Hash of the weights that were loaded, whatever they are kept as: see `hash_weights`."""
 
     @property
     def dtype(self) -> str:
@@ -49,22 +45,68 @@ class Base:
     def fingerprint(self) -> str:
         """Hash of weights and architecture: the config without what leaves the function alone."""
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
-        text = json.dumps(config, sort_keys=True, default=str) + self.vectors
+        text = json.dumps(config, sort_keys=True, default=str) + self.weights
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_vectors(model: nn.Module) -> str:
-    """Hash the norms and biases of a model, which tell two models of one architecture apart.
+SAMPLE = 4096
+"""Numbers that are hashed of every matrix."""
 
-    They are small, and quantisation leaves them alone; rounded to bfloat16 they are the same
-    whichever dtype the model was loaded in.
+
+def hash_weights(model: PreTrainedModel, files: list[Path]) -> str:
+    """Hash samples of a model's weights, which tell two models of one architecture apart.
+
+    All norms and biases, and of every matrix its middle row: whoever trains a matrix, or merges
+    a LoRA update into it, changes that row too. Quantisation leaves norms and biases alone, but
+    not matrices, so these are read from the files. Rounded to bfloat16, numbers are the same in
+    whichever dtype a model was saved and loaded.
+
+    A matrix whose name in the files is not its name in the model is left out (old checkpoints
+    that transformers renames on loading).
     """
+    parameters = dict(model.named_parameters())
+    samples = {name: p.detach() for name, p in parameters.items() if p.dim() == 1}
+    samples |= {name: row for name, row in _middle_rows(files) if name in parameters}
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.dim() == 1:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().bfloat16().view(torch.uint8).numpy().tobytes())
+    for name, numbers in sorted(samples.items()):
+        digest.update(name.encode())
+        digest.update(numbers.cpu().bfloat16().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _middle_rows(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the beginning of the middle row of every matrix, without reading the rest."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                matrix = file.get_slice(name)
+                rows, *columns = matrix.get_shape() or [0]
+                if rows and columns:
+                    yield name, matrix[rows // 2].flatten()[:SAMPLE]
+
+
+def weight_files(spec: recipes.Model, commit: str | None) -> list[Path]:
+    """Return the safetensors files that `spec` was loaded from.
+
+    Args:
+        spec: The recipe's model.
+        commit: Of a hub model, the commit that its revision stands for.
+    """
+    source, _ = _source(spec)
+
+    def find(name: str) -> Path | None:
+        if spec.origin != "hub":
+            path = Path(source) / name
+            return path if path.is_file() else None
+        found = try_to_load_from_cache(source, name, revision=commit or spec.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    if single := find("model.safetensors"):
+        return [single]
+    if index := find("model.safetensors.index.json"):
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return [path for name in sorted(names) if (path := find(name))]
+    return []
 
 
 def device() -> torch.device:
@@ -125,7 +167,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
     if not sys.stderr.isatty():  # in a log file a bar is noise
         logging.disable_progress_bar()
     if spec.quantization != "none":
-        arguments["quantization_config"] = _quantization(spec.quantization, dtype)
+        arguments["quantization_config"] = quantised.config(spec.quantization, dtype)
     tokenizer = load_tokenizer(spec)
     with _explained(spec):
         AutoConfig.from_pretrained(source, trust_remote_code=False, **_revision(spec))
@@ -144,24 +186,9 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
             f"{spec.name}: its checkpoint lacks {len(info['missing_keys'])} of the model's "
             f"tensors, such as {min(info['missing_keys'])}; is it complete?"
         )
-    if spec.quantization == "nf4" and where.type == "cpu":
-        # On CPUs with AVX512-BF16 an eval-mode forward repacks the weights in place, and the
-        # next training step fails; without the repacking train and eval can alternate.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    return Base(model, tokenizer, spec.name, spec.revision, hash_vectors(model))
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    quantised.settle(model)
+    files = weight_files(spec, getattr(model.config, "_commit_hash", None))
+    return Base(model, tokenizer, spec.name, spec.revision, hash_weights(model, files))
 
 
 def _revision(spec: recipes.Model) -> dict[str, Any]:
