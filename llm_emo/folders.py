@@ -1,0 +1,75 @@
+"""A folder that appears under its name when it is complete, or not at all."""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llm_emo import runs
+from llm_emo.errors import EmoError, JobFailed, RunError
+
+
+@contextlib.contextmanager
+def appearing(output: Path, need: int = 0) -> Iterator[Path]:
+    """Yield a hidden folder beside `output` that becomes it at the end, or goes away.
+
+    Args:
+        output: absent or empty.
+        need: the bytes that will be written; so much must be free.
+
+    Raises:
+        RunError: another process is at it.
+        JobFailed: there is no room, or the disk cannot be written.
+    """
+    hidden = output.with_name(f".{output.name}.partial")
+    with _disk(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output.with_name(f".{output.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{output}: another process is writing it; wait for that one") from None
+        try:
+            runs.require_free(output)  # that process may have been done just now
+            if hidden.exists():
+                print(f"removing what a stopped run left: {hidden}", file=sys.stderr)  # noqa: T201
+                shutil.rmtree(hidden)
+            free = shutil.disk_usage(output.parent).free
+            if free < need:
+                raise JobFailed(
+                    f"{output}: needs {need / 2**30:.2f} GiB, but its disk has "
+                    f"{free / 2**30:.2f} GiB free; make room, or name a folder on another disk"
+                )
+            hidden.mkdir()
+            yield hidden
+            if output.exists():
+                output.rmdir()
+            hidden.rename(output)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk(output: Path) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written into one message."""
+    then = "nothing is left there; make room, or name another folder"
+    try:
+        yield
+    except EmoError:
+        raise
+    except OSError as error:
+        from llm_emo.machine import DISK  # it loads torch, this module does not
+
+        if error.errno not in DISK:
+            raise
+        place = error.filename or output
+        raise JobFailed(f"{place}: {error.strerror}; {then}") from error
+    except Exception as error:
+        if "(os error" not in str(error):  # what Rust's libraries raise has no class of its own
+            raise
+        raise JobFailed(f"{output}: cannot be written: {error}; {then}") from error
