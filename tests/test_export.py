@@ -5,11 +5,14 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig
 
-from llm_emo import export, labelling, predictions, runs
+from llm_emo import export, labelling, methods, opening, predictions, recipes, runs
 from llm_emo.encoding import Encoder
+from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
+from llm_emo.models import auto, chatglm2, chatglm2_adapters
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ def test_merging_into_a_quantised_base_is_refused(trained, tmp_path):
 
 def test_an_unknown_format_is_refused(trained, tmp_path):
     told = program.call("export", trained, "-o", tmp_path / "out", "--format", "gguf")
-    told.refused("gguf", "peft or merged")
+    told.refused("gguf", "peft", "merged")
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained, tmp_path):
@@ -146,3 +149,186 @@ def test_the_whole_model_of_full_training_is_exported_merged_only(tiny_folder, t
     found = label_log_probabilities(base(tmp_path / "merged"), run, tmp_path / "merged")
     expected = own_probabilities(run, tmp_path / "own")
     torch.testing.assert_close(found.softmax(-1), expected, atol=1e-5, rtol=1e-3)
+
+
+# --- dtypes of a merged model -------------------------------------------------------------------
+
+
+def exported(run, folder, *options, **changes):
+    """Export through the function behind the verb; return what it tells."""
+    opened = runs.open_run(run)
+    experiment = opening.from_run(opened, [f"model.{k}={v}" for k, v in changes.items()], None)
+    return export.export(experiment, opened, folder, *options)
+
+
+def refused(act, kind, *pieces):
+    with pytest.raises(kind) as caught:
+        act()
+    for piece in pieces:
+        assert piece in str(caught.value)
+
+
+def logits(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        return tiny.alone(model, tuple(range(5, 40))).float()
+
+
+def packed_logits(folder, **keys):
+    spec = recipes.Model(name=str(folder), revision=None, dtype="float32", **keys)
+    loaded = auto.load(spec, recipes.ZeroShot(kind="zero_shot")).model.eval()
+    assert loaded.is_quantized
+    with torch.no_grad():
+        return tiny.alone(loaded, tuple(range(5, 40))).float()
+
+
+def test_a_merged_model_is_stored_in_the_dtype_that_was_asked_for(trained, tmp_path):
+    told = exported(trained, tmp_path / "bf16", "merged", "bfloat16")
+    stored = load_file(tmp_path / "bf16/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert told["merge_dtype"] == "bfloat16"
+    told = exported(trained, tmp_path / "fp32", "merged")
+    assert told["merge_dtype"] == "float32", "as the run computed"
+    assert told["logit_difference"]["merging"] < 1e-4
+    rounding = (logits(tmp_path / "bf16") - logits(tmp_path / "fp32")).abs().max()
+    assert 0 < rounding < 0.5
+
+
+def test_a_model_merged_into_four_bits_tells_what_that_costs(trained, tmp_path, capsys):
+    told = exported(trained, tmp_path / "nf4", "merged", "nf4")
+    exported(trained, tmp_path / "fp32", "merged")
+    cost = told["logit_difference"]["requantising"]
+    assert f"by requantising: {cost:.2g}" in capsys.readouterr().err
+    config = json.loads((tmp_path / "nf4/config.json").read_text("utf-8"))["quantization_config"]
+    assert config["bnb_4bit_quant_type"] == "nf4"
+    assert config["bnb_4bit_use_double_quant"] is True
+    # Quantising the merged model directly gives the same: weights were rounded once, at the end.
+    expected = packed_logits(tmp_path / "fp32", quantization="nf4")
+    found = packed_logits(tmp_path / "nf4", quantization="none")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert cost > 0.01
+    assert {path.name for path in (tmp_path / "nf4").iterdir()} == set(told["files"])
+
+
+@pytest.fixture(scope="module")
+def qlora(tiny_folder, tmp_path_factory):
+    """A finished run on an NF4 base."""
+    folder = tmp_path_factory.mktemp("qlora") / "run"
+    return program.train(folder, tiny_folder, "mastodon/lora", "model.quantization=nf4")
+
+
+def test_a_run_on_an_nf4_base_is_merged_into_the_base_as_it_is_stored(
+    qlora, tiny_folder, tmp_path, capsys
+):
+    told = exported(qlora, tmp_path / "merged", "merged")
+    assert "trained on an nf4 base" in capsys.readouterr().err
+    assert told["logit_difference"]["merging"] < 1e-4
+    assert told["logit_difference"]["another_base_than_trained_on"] > 0.01
+    exported(qlora, tmp_path / "peft", "peft")
+    adapted = PeftModel.from_pretrained(base(tiny_folder), tmp_path / "peft").eval()
+    with torch.no_grad():
+        expected = tiny.alone(adapted, tuple(range(5, 40)))
+    torch.testing.assert_close(
+        logits(tmp_path / "merged", dtype=torch.float32), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_base_that_is_stored_in_four_bits_is_merged_only_when_asked_how(tiny_folder, tmp_path):
+    spec = recipes.Model(name=str(tiny_folder), revision=None, dtype="float32", quantization="nf4")
+    stored = auto.load(spec, recipes.ZeroShot(kind="zero_shot"))
+    stored.model.save_pretrained(tmp_path / "base")
+    stored.tokenizer.save_pretrained(tmp_path / "base")
+    run = program.train(tmp_path / "run", tmp_path / "base", "mastodon/lora", "train.epochs=1")
+    refused(
+        lambda: exported(run, tmp_path / "out", "merged"), AdapterError,
+        "stored quantised", "--merge-dtype bfloat16",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    told = exported(run, tmp_path / "out", "merged", "float32")
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    found = label_log_probabilities(base(tmp_path / "out"), run, tiny_folder)
+    expected = own_probabilities(run, tmp_path / "own")
+    # Attached to dequantised weights, the adapter computes what it computed on the packed ones.
+    torch.testing.assert_close(found.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    assert told["logit_difference"]["merging"] < 1e-4
+
+
+def test_a_merge_dtype_without_a_merge_is_refused(trained, tmp_path):
+    refused(
+        lambda: exported(trained, tmp_path / "out", "peft", "bfloat16"), RunError, "--format merged"
+    )
+
+
+# --- for ChatGLM2's own code ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glm_folder(tmp_path_factory):
+    """A tiny model of ChatGLM2's architecture with a tokenizer, as `convert` leaves one."""
+    layout = chatglm2.Layout(
+        layers=2, hidden=32, ffn=48, heads=4, groups=2, head_dim=8, vocab=tiny.VOCAB, positions=256
+    )
+    made = tiny.model("glm")
+    config = GlmConfig.from_dict(layout.native_config() | {"dtype": "float32"})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(made.state_dict())
+    folder = tmp_path_factory.mktemp("models") / "glm"
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+QKV = "method.target_modules=[q_proj, k_proj, v_proj]"
+
+
+@pytest.mark.parametrize(("tied", "times"), [(False, 3), (True, 1)])
+def test_a_lora_run_is_written_fused_and_computes_the_same(tied, times, glm_folder, tmp_path):
+    run = program.train(
+        tmp_path / "run", glm_folder, "mastodon/lora", QKV, f"method.tie_a={str(tied).lower()}",
+        "method.dropout=0.0",
+    )  # fmt: skip
+    told = exported(run, tmp_path / "out", "chatglm2")
+    rank = runs.open_run(run).recipe.method.rank
+    assert told["rank"] == times * rank
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["target_modules"]) == (times * rank, ["query_key_value"])
+    chatglm2_adapters.to_native(tmp_path / "out", tmp_path / "back", base=glm_folder)
+    stock = PeftModel.from_pretrained(base(glm_folder), tmp_path / "back").eval()
+    found = label_log_probabilities(stock, run, glm_folder)
+    expected = own_probabilities(run, tmp_path / "own")
+    torch.testing.assert_close(found.softmax(-1), expected, atol=2e-5, rtol=1e-4)
+    untouched = label_log_probabilities(base(glm_folder), run, glm_folder)
+    assert (found - untouched).abs().max() > 0.05, "the adapter does nothing"
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_run_is_written_as_the_tuning_script_writes_one(projection, glm_folder, tmp_path):
+    options = (
+        ["method.init=random", "method.init_text=null", "method.projection=true",
+         "method.projection_size=32", "method.projection_input=all"]
+        if projection
+        else []
+    )  # fmt: skip
+    run = program.train(tmp_path / "run", glm_folder, "mastodon/p_tuning_v2", *options)
+    told = exported(run, tmp_path / "out", "chatglm2")
+    state = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
+    opened = runs.open_run(run)
+    labeller = labelling.open_labeller(opening.from_run(opened, [], None), opened)
+    own = methods.trainable_state(labeller.model)
+    found = state["transformer.prefix_encoder.embedding.weight"]
+    assert torch.equal(found, own["encoder.embedding.weight"])
+    assert len(state) == (5 if projection else 1)
+    assert told["projection"] is projection
+    config = json.loads((tmp_path / "out/config.json").read_text("utf-8"))
+    assert config["pre_seq_len"] == len(found) == opened.recipe.method.prefix_length
+    assert (config["num_layers"], config["model_type"]) == (2, "chatglm")
+    card = (tmp_path / "out/README.md").read_text("utf-8")
+    assert f"--pre_seq_len {len(found)}" in card
+
+
+def test_a_run_on_another_base_has_no_form_for_chatglm2(trained, tmp_path):
+    refused(
+        lambda: exported(trained, tmp_path / "out", "chatglm2"), AdapterError,
+        "no ChatGLM2", "--format peft",
+    )  # fmt: skip
+    assert not list(tmp_path.iterdir())
