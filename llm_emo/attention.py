@@ -73,7 +73,10 @@ def _plain(
     # The heads of a group share its keys, so they are so many more rows of one product.
     rows = (query * (scaling or width**-0.5)).reshape(batch, groups, -1, width)
     scores = (rows @ key.transpose(-1, -2)).view(batch, heads, queries, -1)  # (B, H, Q, K)
-    scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    # Not minus infinity: a padding token sees nothing, and its softmax would be no number, which
+    # the next layer's values carry to every token.
+    unseen = torch.finfo(scores.dtype).min
+    scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, unseen)
     shares = scores.softmax(-1).view(batch, groups, -1, key.shape[2])
     return (shares @ value).view(batch, heads, queries, -1).transpose(1, 2)
 

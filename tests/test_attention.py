@@ -1,6 +1,7 @@
 """Attention over a prepared mask: the plain form against SDPA."""
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -79,3 +80,35 @@ def test_every_query_sees_the_prefix_of_its_own_layer():
     longer_value = torch.cat([prefix[:, 3].transpose(0, 1)[None], value], dim=2)
     seen = torch.cat([torch.ones(1, 1, 4, 3, dtype=torch.bool), mask], dim=-1)
     torch.testing.assert_close(out, _reference(query, longer_key, longer_value, seen, 0.3))
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_query_that_sees_nothing_spoils_no_other(prefixed):
+    """Left padding: the first tokens of a row may attend to nothing at all."""
+    *inputs, mask = _case(5, 5, torch.bfloat16)
+    mask[..., 0] = False
+    mask[..., :2, :] = False
+    mask[..., 2:, 4] = True
+    prefix = torch.randn(3, 4, GROUPS, WIDTH) if prefixed else None
+    out, _ = attention._attention(_Layer(), *inputs, mask, prefix=prefix, scaling=0.3)
+    assert out.isfinite().all()
+    if not prefixed:
+        reference = _reference(*(t.float() for t in inputs), mask, 0.3)
+        torch.testing.assert_close(out[:, 2:].float(), reference[:, 2:], atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_left_padded_batch_gives_every_row_its_own_logits(architecture, dtype):
+    model = tiny.model(architecture).to(dtype)
+    model.set_attn_implementation(attention.NAME)
+    row, pads = [3, 50, 200, 7], 3
+    ids = torch.tensor([[0] * pads + row, [9, 8, 7, 6, 5, 4, 3]])
+    seen = torch.tensor([[0] * pads + [1] * len(row), [1] * 7])
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=seen, position_ids=positions).logits
+        alone = tiny.alone(model, row)
+    assert padded.isfinite().all()
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    assert tiny.distance(padded[0, pads:].float(), alone.float()) < bound

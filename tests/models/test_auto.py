@@ -6,9 +6,8 @@ import torch
 
 from llm_emo import attention, recipes
 from llm_emo.errors import JobFailed, ModelError
-from llm_emo.methods import adapt, count_parameters
+from llm_emo.methods import adapt
 from llm_emo.models import auto
-from llm_emo.training import answer_loss, collate
 from llm_emo.trie import verify
 
 LORA, FULL = tiny.lora(), recipes.Full(kind="full")
@@ -179,28 +178,68 @@ def test_adapting_does_not_change_the_fingerprint(section, tmp_path):
     assert base.fingerprint() == before
 
 
-# --- four bits --------------------------------------------------------------------------------
+def merged(folder, section, size):
+    """A copy of the base with a LoRA update merged in, as `export --format merged` writes it."""
+    model = adapt(tiny.model(), section)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    model.merge_and_unload().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("section", [tiny.lora(), tiny.p_tuning()])
-def test_a_four_bit_base_trains_evaluates_and_trains_again(section, tmp_path):
-    """On some processors evaluating repacks the weights so that training fails afterwards."""
-    folder = saved(tmp_path, hidden_size=64, intermediate_size=128, head_dim=16)
-    base = auto.load(spec(folder, quantization="nf4"), section)
-    assert base.fingerprint() == auto.load(spec(folder), section).fingerprint()
-    whole = count_parameters(auto.load(spec(folder), section).model).total
-    assert count_parameters(base.model).total == whole
-    model = adapt(base.model, section)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(3):
-        model.train()
-        loss = answer_loss(model, collate(tiny.encoded(4)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.eval()
+@pytest.mark.parametrize("module", ["q_proj", "o_proj", "down_proj"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_merged_update_makes_another_base_of_it(module, quantization, tmp_path):
+    """An update of a hundredth of the weights' size in one kind of layer, norms untouched."""
+    base = auto.load(spec(saved(tmp_path / "a"), quantization=quantization), LORA)
+    section = tiny.lora(target_modules=(module,))
+    folder = merged(tmp_path / "b", section, size=0.01)
+    assert auto.load(spec(folder, quantization=quantization), LORA).weights != base.weights
+    untouched = merged(tmp_path / "c", section, size=0.0)
+    assert auto.load(spec(untouched, quantization=quantization), LORA).weights == base.weights
+
+
+@architectures
+def test_every_matrix_counts_for_the_fingerprint(architecture, tmp_path):
+    base = auto.load(spec(saved(tmp_path / "a", architecture)), LORA)
+    model = tiny.model(architecture)
+    for name, parameter in model.named_parameters():
+        before = parameter.detach().clone()
         with torch.no_grad():
-            losses.append(float(answer_loss(model, collate(tiny.encoded(4)))))
-    assert losses[-1] < losses[0]
-    assert verify(model) < 1e-3
+            parameter += 0.1
+        model.save_pretrained(tmp_path / "b")
+        files = [tmp_path / "b" / "model.safetensors"]
+        assert auto.hash_weights(model, files) != base.weights, name
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_how_the_weights_are_stored_does_not_change_the_fingerprint(quantization, tmp_path):
+    base = auto.load(spec(saved(tmp_path / "one")), LORA)
+    tiny.model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tiny.model().bfloat16().save_pretrained(tmp_path / "half")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for name in ("one", "shards", "half"):
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+        for dtype in ("float32", "bfloat16"):
+            section = spec(tmp_path / name, dtype=dtype, quantization=quantization)
+            assert auto.load(section, LORA).fingerprint() == base.fingerprint(), (name, dtype)
+
+
+def test_a_hub_model_has_the_fingerprint_of_its_files(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / commit
+    saved(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    there = spec("somebody/tiny", revision=commit)
+    assert auto.weight_files(there, None) == [snapshot / "model.safetensors"]
+    here = auto.load(spec(snapshot), LORA)
+    assert auto.load(there, LORA).fingerprint() == here.fingerprint()
