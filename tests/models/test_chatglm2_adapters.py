@@ -585,6 +585,19 @@ def test_an_adapter_of_another_shape_or_depth_is_refused(original, layout, tmp_p
         )
 
 
+def test_an_adapter_of_the_published_model_needs_no_base(tmp_path):
+    published = chatglm2.CHATGLM2_6B
+    source = write_lora(tmp_path / "own", fused_tensors(published, rank=1), r=1)
+    told = chatglm2_adapters.to_native(source, tmp_path / "out")
+    assert told["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    chatglm2_adapters.to_chatglm2(tmp_path / "out", tmp_path / "back")
+    found, expected = (read_bin(at / "adapter_model.bin") for at in (tmp_path / "back", source))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    config = json.loads((tmp_path / "back/adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == "THUDM/chatglm2-6b"
+
+
 def test_without_a_base_the_published_shape_is_expected_and_said(layout, tmp_path):
     source = write_lora(tmp_path / "own", fused_tensors(layout))
     refused(
@@ -724,6 +737,21 @@ def test_a_native_prefix_of_another_base_is_refused(base, tmp_path):
     refused(
         lambda: chatglm2_adapters.to_chatglm2(tmp_path / "own", tmp_path / "out", base=base),
         "3 layers of 2", "the base has 2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "piece"),
+    [("position_encoding_2d", True, "first generation"), ("seq_length", 8192, "ChatGLM3"),
+     ("padded_vocab_size", 151552, "GLM-4")],
+)  # fmt: skip
+def test_a_prefix_of_another_generation_is_named(key, value, piece, tmp_path):
+    write_prefix(tmp_path / "own", chatglm2.CHATGLM2_6B, length=1)
+    config = json.loads((tmp_path / "own/config.json").read_text("utf-8"))
+    (tmp_path / "own/config.json").write_text(json.dumps(config | {key: value}), "utf-8")
+    refused(
+        lambda: chatglm2_adapters.to_native(tmp_path / "own", tmp_path / "out"),
+        piece, kind=ModelError,
     )  # fmt: skip
 
 
