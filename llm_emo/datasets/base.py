@@ -7,6 +7,7 @@ every complaint names the file, the place in it, what was found and what was exp
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,12 +183,23 @@ def read_json(path: Path) -> Any:
     """Return the JSON value in `path`.
 
     Raises:
-        DatasetError: the file is absent or is not JSON.
+        DatasetError: the file is absent, is not JSON, or an object has a key twice, of which
+            Python would keep the last without a word.
     """
+
+    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        object_ = dict(pairs)
+        if len(object_) != len(pairs):
+            twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+            raise malformed(path, "an object", f"the key {twice!r} twice", "each key once")
+        return object_
+
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=no_doubles)
     except json.JSONDecodeError as error:
         raise malformed(path, f"line {error.lineno}", error.msg, "JSON") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 5,000 brackets
+        raise malformed(path, "the file", str(error), "JSON of a corpus") from error
 
 
 def read_dialogues(path: Path) -> list[list[Any]]:
@@ -212,8 +224,16 @@ def read_dialogues(path: Path) -> list[list[Any]]:
 
 
 def read_csv(path: Path, encodings: Sequence[str] = ("utf-8-sig",)) -> list[list[str]]:
-    """Return the rows of a comma-separated file as lists of text; quoted newlines survive."""
-    return list(csv.reader(io.StringIO(read_text(path, encodings), newline="")))
+    """Return the rows of a comma-separated file as lists of text; quoted newlines survive.
+
+    Raises:
+        DatasetError: the file is absent, or no such file.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, encodings), newline=""))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise malformed(path, f"line {reader.line_num}", str(error), "comma-separated") from error
 
 
 def as_dicts(
@@ -222,15 +242,63 @@ def as_dicts(
     """Return `rows` as dictionaries keyed by `header`, which must hold `required`.
 
     Raises:
-        DatasetError: a required column is absent, or a row has another number of cells.
+        DatasetError: a required column is absent or stands twice, or a row has another number
+            of cells.
     """
-    lost = [name for name in required if name not in header]
-    if lost:
-        raise malformed(path, "header", ",".join(header), f"a column {lost[0]!r}")
+    for name in required:
+        if header.count(name) != 1:
+            raise malformed(path, "header", ",".join(header), f"one column {name!r}")
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
             raise malformed(path, f"row {number}", row, f"{len(header)} cells")
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def parse_text(path: Path, where: str, text: object) -> str:
+    """Return `text` without white space around it.
+
+    Raises:
+        DatasetError: it is no text, has nothing in it, or holds half a character (a lone
+            surrogate, which JSON can spell and no file can hold).
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise malformed(path, where, text, "a text")
+    return _whole(path, where, text.strip())
+
+
+def parse_optional_text(path: Path, where: str, text: object) -> str | None:
+    """Return `text`, or None where there is none; raises as `parse_text`."""
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        raise malformed(path, where, text, "a text or nothing")
+    return _whole(path, where, text)
+
+
+def parse_name(path: Path, where: str, name: object) -> str:
+    """Return `name`, an id that is a text or a whole number, as text; raises as `parse_text`."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        return str(name)
+    return parse_text(path, where, name)
+
+
+def _whole(path: Path, where: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise malformed(path, where, text, "whole characters") from None
+    return text
+
+
+def parse_count(path: Path, where: str, text: str) -> int:
+    """Return `text`, decimal digits, as a whole number.
+
+    Raises:
+        DatasetError: it is none, or has more than nine digits.
+    """
+    if not text.isdecimal() or len(text) > 9:
+        raise malformed(path, where, text, "a whole number")
+    return int(text)
 
 
 def parse_number(path: Path, where: str, text: str, low: float, high: float) -> float:

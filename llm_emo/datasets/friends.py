@@ -9,7 +9,17 @@ also typographic quotes beside them, stay as they are.
 from pathlib import Path
 from typing import Any
 
-from llm_emo.datasets.base import Corpus, Hub, Layout, malformed, parse_choice, read_dialogues
+from llm_emo.datasets.base import (
+    Corpus,
+    Hub,
+    Layout,
+    malformed,
+    parse_choice,
+    parse_name,
+    parse_optional_text,
+    parse_text,
+    read_dialogues,
+)
 from llm_emo.types import SPLITS, Utterance
 
 VOTES = ("neutral", "joy", "sadness", "fear", "anger", "surprise", "disgust")
@@ -37,14 +47,13 @@ def read(base: Path, part: str) -> list[Utterance]:
     for number, dialogue in enumerate(read_dialogues(path)):
         for turn, line in enumerate(dialogue):
             where = f"dialogue {number}, turn {turn}"
-            if not isinstance(line, dict) or not isinstance(line.get("utterance"), str):
+            if not isinstance(line, dict):
                 raise malformed(path, where, line, "an object with the key 'utterance'")
-            speaker = line.get("speaker")
             rows.append(
                 Utterance(
                     uid=f"{part}/{number}/{turn}",
-                    text=line["utterance"].translate(C1).strip(),
-                    speaker=speaker.translate(C1) if isinstance(speaker, str) else None,
+                    text=_text(path, where, line.get("utterance")),
+                    speaker=_speaker(path, where, line.get("speaker")),
                     dialogue=f"{part}/{number}",
                     turn=turn,
                     label=parse_choice(path, where, line.get("emotion"), LABELS),
@@ -52,6 +61,16 @@ def read(base: Path, part: str) -> list[Utterance]:
                 )
             )
     return rows
+
+
+def _text(path: Path, where: str, text: object) -> str:
+    # Remapped before it is stripped: U+0085, an ellipsis of cp1252, counts as white space.
+    return parse_text(path, where, text.translate(C1) if isinstance(text, str) else text)
+
+
+def _speaker(path: Path, where: str, speaker: object) -> str | None:
+    named = parse_optional_text(path, where, speaker)
+    return named.translate(C1) if named else None
 
 
 def _votes(path: Path, where: str, digits: Any) -> tuple[int, ...] | None:
@@ -70,15 +89,17 @@ def read_hub(table: Any, part: str) -> list[Utterance]:
     turns: dict[str, int] = {}
     for number, line in enumerate(table):
         where = f"row {number}"
-        dialogue = f"{part}/{line['dialogue_id']}" if "dialogue_id" in names else None
+        dialogue = None
+        if "dialogue_id" in names:
+            dialogue = f"{part}/{parse_name(source, where, line['dialogue_id'])}"
         turn = turns.get(dialogue, 0) if dialogue is not None else None
         if dialogue is not None and turn is not None:
             turns[dialogue] = turn + 1
         rows.append(
             Utterance(
                 uid=f"{part}/{number}" if dialogue is None else f"{dialogue}/{turn}",
-                text=line["utterance"].translate(C1).strip(),
-                speaker=(line.get("speaker") or "").translate(C1) or None,
+                text=_text(source, where, line["utterance"]),
+                speaker=_speaker(source, where, line.get("speaker")),
                 dialogue=dialogue,
                 turn=turn,
                 label=parse_choice(source, where, line["emotion"], LABELS),

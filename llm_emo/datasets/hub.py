@@ -61,6 +61,7 @@ def read(corpus: Corpus, hub: str, splits: Sequence[str] | None) -> dict[str, li
 
 def _open(corpus: Corpus, hub: str) -> Mapping[str, Any]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     assert corpus.hub is not None
     name, _, revision = hub.partition("@")
@@ -85,6 +86,6 @@ def _open(corpus: Corpus, hub: str) -> Mapping[str, Any]:
             f"{corpus.name}: the hub cannot be reached for {hub}; download the dataset "
             f"elsewhere and name its folder, or use the native files: {corpus.how_to_get}"
         ) from error
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, ValueError, RuntimeError, DatasetsError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"{corpus.name}: {hub}: cannot be loaded: {first}") from error

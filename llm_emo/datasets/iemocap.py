@@ -12,12 +12,21 @@ utterances of the corpus. `audio` is None in a copy without sound.
 import re
 from pathlib import Path
 
-from llm_emo.datasets.base import ALL, Corpus, Layout, malformed, parse_choice, read_lines
+from llm_emo.datasets.base import (
+    ALL,
+    Corpus,
+    Layout,
+    malformed,
+    parse_choice,
+    parse_text,
+    read_lines,
+)
 from llm_emo.types import Utterance
 
 LABELS = ("neu", "hap", "exc", "sad", "ang", "fru", "fea", "sur", "dis", "oth", "xxx")
 
-EVALUATION = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[.*\]\s*")
+SECONDS = r"\s*(\d+(?:\.\d*)?)\s*"
+EVALUATION = re.compile(rf"\[{SECONDS}-{SECONDS}\]\s+(\S+)\s+(\S+)\s+\[.*\]\s*")
 TRANSCRIPT = re.compile(r"(\S+)\s*\[\s*[-\d.]+\s*-\s*[-\d.]+\s*\]\s*:\s*(.*)")
 NAME = re.compile(r"(Ses\d{2})[FM]_\w+_([FM])[A-Z]*\d+")
 
@@ -57,7 +66,7 @@ def _dialogue(evaluation: Path) -> list[Utterance]:
         rows.append(
             Utterance(
                 uid=uid,
-                text=words[uid],
+                text=parse_text(transcription, uid, words[uid]),
                 speaker=speaker,
                 dialogue=dialogue,
                 turn=turn,

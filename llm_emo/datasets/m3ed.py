@@ -10,7 +10,16 @@ counts out of order, so `turn` is the place in the file and the number stays in 
 from pathlib import Path
 from typing import Any
 
-from llm_emo.datasets.base import Corpus, Layout, malformed, parse_choice, read_json, read_lines
+from llm_emo.datasets.base import (
+    Corpus,
+    Layout,
+    malformed,
+    parse_choice,
+    parse_optional_text,
+    parse_text,
+    read_json,
+    read_lines,
+)
 from llm_emo.types import Utterance
 
 LABELS = ("Happy", "Neutral", "Sad", "Disgust", "Anger", "Fear", "Surprise")
@@ -38,45 +47,48 @@ def reader(name: str) -> Layout:
 
 def read_annotation(path: Path, movies: Path) -> list[Utterance]:
     """Return the utterances of the series that the file `movies` lists, in its order."""
-    annotation = read_json(path)
+    annotation = _object(path, "top level", read_json(path))
     rows = []
     for movie in read_lines(movies):
-        try:
-            dialogues = annotation[movie.strip()]
-        except (KeyError, TypeError):
-            raise malformed(movies, "a series", movie, f"one that {path.name} annotates") from None
+        if movie.strip() not in annotation:
+            raise malformed(movies, "a series", movie, f"one that {path.name} annotates")
+        dialogues = _object(path, movie, annotation[movie.strip()])
         for dialogue, content in dialogues.items():
-            try:
-                lines = content["Dialog"].items()
-            except (KeyError, TypeError, AttributeError):
-                raise malformed(path, dialogue, content, "an object with Dialog") from None
-            for turn, (uid, line) in enumerate(lines):
-                rows.append(_utterance(path, uid, dialogue, turn, line))
+            lines = _object(path, dialogue, _object(path, dialogue, content).get("Dialog"))
+            for turn, (uid, line) in enumerate(lines.items()):
+                rows.append(_utterance(path, uid, dialogue, turn, _object(path, uid, line)))
     return rows
 
 
-def _utterance(path: Path, uid: str, dialogue: str, turn: int, line: Any) -> Utterance:
-    try:
-        text, emotions = line["Text"], line["EmoAnnotation"]
-        label = emotions["final_main_emo"]
-    except (KeyError, TypeError):
-        raise malformed(path, uid, line, "Text and EmoAnnotation.final_main_emo") from None
+def _object(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise malformed(path, where, value, "an object: series, dialogue, Dialog, utterance")
+    return value
+
+
+def _utterance(path: Path, uid: str, dialogue: str, turn: int, line: dict[str, Any]) -> Utterance:
+    emotions = _object(path, f"{uid}, EmoAnnotation", line.get("EmoAnnotation"))
+    where = f"{uid}, final_main_emo"
     return Utterance(
-        uid=uid,
-        text=text.strip(),
-        speaker=line.get("Speaker") or None,
-        dialogue=dialogue,
+        uid=parse_text(path, uid, uid),
+        text=parse_text(path, f"{uid}, Text", line.get("Text")),
+        speaker=parse_optional_text(path, f"{uid}, Speaker", line.get("Speaker")),
+        dialogue=parse_text(path, dialogue, dialogue),
         turn=turn,
-        label=parse_choice(path, uid, label, LABELS),
+        label=parse_choice(path, where, emotions.get("final_main_emo"), LABELS),
         votes=_votes(path, uid, emotions),
     )
 
 
-def _votes(path: Path, uid: str, emotions: dict[str, str]) -> tuple[int, ...] | None:
-    ballots = [value for key, value in emotions.items() if key.startswith("EmoAnnotator")]
+def _votes(path: Path, uid: str, emotions: dict[str, Any]) -> tuple[int, ...] | None:
+    ballots = [
+        parse_optional_text(path, f"{uid}, {key}", value) or ""
+        for key, value in emotions.items()
+        if key.startswith("EmoAnnotator")
+    ]
     if not ballots:
         return None
-    named = [name.strip() for ballot in ballots for name in (ballot or "").split(",")]
+    named = [name.strip() for ballot in ballots for name in ballot.split(",")]
     for name in named:
         parse_choice(path, uid, name, (*LABELS, ""))
     return tuple(named.count(label) for label in LABELS)

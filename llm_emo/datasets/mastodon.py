@@ -13,12 +13,13 @@ from llm_emo.datasets.base import (
     Layout,
     malformed,
     parse_choice,
+    parse_text,
     read_dialogues,
     read_lines,
 )
 from llm_emo.types import SPLITS, Utterance
 
-LINE = re.compile(r"(\d+) ([-+*])_(\S+) (.*)")
+LINE = re.compile(r"(\d{1,9}) ([-+*])_(\S+) (.*)")
 SIGNS = ("+", "-", "*")
 
 
@@ -37,7 +38,8 @@ def read_native(base: Path, part: str) -> list[Utterance]:
         elif index != turn + 1 or dialogue < 0:
             raise malformed(path, f"line {number}", index, f"turn {turn + 1} or a new dialogue (0)")
         turn = index
-        rows.append(_utterance(part, dialogue, turn, match[4], match[2]))
+        text = parse_text(path, f"line {number}", match[4])
+        rows.append(_utterance(part, dialogue, turn, text, match[2]))
     return rows
 
 
@@ -48,16 +50,17 @@ def read_json_files(base: Path, part: str) -> list[Utterance]:
     for dialogue, lines in enumerate(read_dialogues(path)):
         for turn, line in enumerate(lines):
             where = f"dialogue {dialogue}, turn {turn}"
-            if not isinstance(line, dict) or not isinstance(line.get("utterance"), str):
+            if not isinstance(line, dict):
                 raise malformed(path, where, line, "an object with the key 'utterance'")
             sign = parse_choice(path, where, line.get("sentiment"), SIGNS)
-            rows.append(_utterance(part, dialogue, turn, line["utterance"], sign))
+            text = parse_text(path, where, line.get("utterance"))
+            rows.append(_utterance(part, dialogue, turn, text, sign))
     return rows
 
 
 def _utterance(part: str, dialogue: int, turn: int, text: str, sign: str) -> Utterance:
     name = f"{part}/{dialogue}"
-    return Utterance(f"{name}/{turn}", text.strip(), dialogue=name, turn=turn, label=sign)
+    return Utterance(f"{name}/{turn}", text, dialogue=name, turn=turn, label=sign)
 
 
 CORPUS = Corpus(

@@ -16,6 +16,10 @@ from llm_emo.datasets.base import (
     as_dicts,
     malformed,
     parse_choice,
+    parse_count,
+    parse_name,
+    parse_optional_text,
+    parse_text,
     read_csv,
 )
 from llm_emo.types import SPLITS, Utterance
@@ -44,16 +48,16 @@ def _utterances(
     found = []
     for number, row in enumerate(rows, first):
         where = f"row {number}"
-        dialogue, turn = str(row["Dialogue_ID"]), str(row["Utterance_ID"])
-        if not turn.isdecimal():
-            raise malformed(path, where, turn, "a number in Utterance_ID")
+        dialogue = parse_name(path, f"{where}, Dialogue_ID", row["Dialogue_ID"])
+        number_in = f"{where}, Utterance_ID"
+        turn = parse_name(path, number_in, row["Utterance_ID"])
         found.append(
             Utterance(
                 uid=f"{part}/{dialogue}/{turn}",
-                text=row["Utterance"].strip(),
-                speaker=row["Speaker"],
+                text=parse_text(path, f"{where}, Utterance", row["Utterance"]),
+                speaker=parse_optional_text(path, f"{where}, Speaker", row["Speaker"]),
                 dialogue=f"{part}/{dialogue}",
-                turn=int(turn),
+                turn=parse_count(path, number_in, turn),
                 label=parse_choice(path, where, row["Emotion"], LABELS),
             )
         )

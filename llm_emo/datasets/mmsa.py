@@ -6,7 +6,9 @@ from llm_emo.datasets.base import (
     as_dicts,
     malformed,
     parse_choice,
+    parse_count,
     parse_number,
+    parse_text,
     read_csv,
 )
 from llm_emo.types import Utterance
@@ -47,14 +49,12 @@ def read_label_csv(path: Path, part: str, bound: float) -> list[Utterance]:
         if parse_choice(path, where, row["mode"], tuple(MODES.values())) != MODES[part]:
             continue
         video, clip = row["video_id"], row["clip_id"]
-        if not clip.isdecimal():
-            raise malformed(path, where, clip, "a clip number")
         found.append(
             Utterance(
                 uid=f"{video}/{clip}",
-                text=row["text"].strip(),
+                text=parse_text(path, where, row["text"]),
                 dialogue=video,
-                turn=int(clip),
+                turn=parse_count(path, where, clip),
                 score=parse_number(path, where, row["label"], -bound, bound),
             )
         )

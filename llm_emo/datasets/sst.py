@@ -19,6 +19,7 @@ from llm_emo.datasets.base import (
     Layout,
     malformed,
     parse_number,
+    parse_text,
     read_lines,
 )
 from llm_emo.errors import DatasetError
@@ -85,6 +86,7 @@ def read_trees(base: Path, part: str) -> list[Utterance]:
             raise malformed(
                 path, f"line {number}", line, "a tree such as (3 (2 a) (4 b))"
             ) from None
+        text = parse_text(path, f"line {number}", text)
         rows.append(Utterance(uid=f"{part}/{number}", text=text, label=label))
     return rows
 
@@ -124,7 +126,8 @@ def read_zip(base: Path, part: str) -> list[Utterance]:
             raise malformed(path, f"sentence {number}", sentence, "a phrase of dictionary.txt")
         where = f"phrase {phrase_id}"
         value = parse_number(base / "sentiment_labels.txt", where, values[phrase_id], 0.0, 1.0)
-        rows.append(Utterance(uid=number, text=_clean(sentence), label=degree(value)))
+        text = parse_text(path, f"sentence {number}", _clean(sentence))
+        rows.append(Utterance(uid=number, text=text, label=degree(value)))
     return rows
 
 
@@ -155,7 +158,8 @@ def read_hub(table: Any, part: str) -> list[Utterance]:
                 f"sst: {part} row {number}: found label {row['label']!r}; expected a sentiment "
                 "value from 0.0 to 1.0 as in stanfordnlp/sst"
             )
-        text = _clean(unspoil(row["sentence"]))
+        sentence = parse_text(Path(f"sst {part}"), f"row {number}", row["sentence"])
+        text = _clean(unspoil(sentence)).strip()
         rows.append(Utterance(uid=f"{part}/{number}", text=text, label=degree(row["label"])))
     return rows
 

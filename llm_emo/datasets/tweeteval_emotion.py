@@ -8,7 +8,15 @@ and the line in the file.
 from pathlib import Path
 from typing import Any
 
-from llm_emo.datasets.base import Corpus, Hub, Layout, malformed, parse_choice, read_lines
+from llm_emo.datasets.base import (
+    Corpus,
+    Hub,
+    Layout,
+    malformed,
+    parse_choice,
+    parse_text,
+    read_lines,
+)
 from llm_emo.errors import DatasetError
 from llm_emo.types import Utterance
 
@@ -21,8 +29,8 @@ NAMES = {"train": "train", "dev": "val", "test": "test"}
 def read(base: Path, part: str) -> list[Utterance]:
     """Read `<part>_text.txt` beside `<part>_labels.txt`, line by line."""
     _check_mapping(base / "mapping.txt")
-    labels_path = base / f"{NAMES[part]}_labels.txt"
-    texts, labels = read_lines(base / f"{NAMES[part]}_text.txt"), read_lines(labels_path)
+    texts_path, labels_path = (base / f"{NAMES[part]}_{kind}.txt" for kind in ("text", "labels"))
+    texts, labels = read_lines(texts_path), read_lines(labels_path)
     if len(texts) != len(labels):
         raise malformed(
             labels_path, "the file", f"{len(labels)} labels", f"{len(texts)}, one a text"
@@ -30,7 +38,8 @@ def read(base: Path, part: str) -> list[Utterance]:
     rows = []
     for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
         label = parse_choice(labels_path, f"line {number}", label.strip(), ("0", "1", "2", "3"))
-        rows.append(Utterance(f"{part}/{number}", text.strip(), label=LABELS[int(label)]))
+        text = parse_text(texts_path, f"line {number}", text)
+        rows.append(Utterance(f"{part}/{number}", text, label=LABELS[int(label)]))
     return rows
 
 
@@ -54,8 +63,10 @@ def read_hub(table: Any, part: str) -> list[Utterance]:
     source = Path(f"tweeteval_emotion {part}")
     rows = []
     for number, row in enumerate(table, 1):
-        label = parse_choice(source, f"row {number}", str(row["label"]), ("0", "1", "2", "3"))
-        rows.append(Utterance(f"{part}/{number}", row["text"].strip(), label=LABELS[int(label)]))
+        where = f"row {number}"
+        label = parse_choice(source, where, str(row["label"]), ("0", "1", "2", "3"))
+        text = parse_text(source, where, row["text"])
+        rows.append(Utterance(f"{part}/{number}", text, label=LABELS[int(label)]))
     return rows
 
 

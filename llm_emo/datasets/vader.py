@@ -12,6 +12,7 @@ Text is kept as published (`&amp;` stays). 84 rows repeat the text of another.
 
 import json
 import os
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -25,7 +26,9 @@ from llm_emo.datasets.base import (
     Corpus,
     Layout,
     malformed,
+    parse_count,
     parse_number,
+    parse_text,
     read_json,
     read_lines,
 )
@@ -40,6 +43,9 @@ SOURCES = {
 }
 TEXTS = tuple(f"{stem}_GroundTruth.txt" for stem in SOURCES.values())
 RATINGS = tuple(f"{stem}_anonDataRatings.txt" for stem in SOURCES.values())
+
+RATING = re.compile(r"([^\t]+)\t[^\t]*\t[^\t]*\t\[(\s*-?\d\s*(?:,\s*-?\d\s*)*)\]\s*")
+"""A line of ratings: id, mean, deviation, and the list."""
 
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 MANIFEST = "sha256.json"
@@ -70,9 +76,9 @@ def read_source(base: Path, source: str) -> list[Utterance]:
         rows.append(
             Utterance(
                 uid=f"{source}/{name}",
-                text=text.strip(),
+                text=parse_text(path, where, text),
                 dialogue=f"{source}/{document}" if sentence else None,
-                turn=int(sentence) if sentence else None,
+                turn=parse_count(path, where, sentence) if sentence else None,
                 score=score,
                 votes=votes,
             )
@@ -85,12 +91,11 @@ def _ratings(path: Path) -> dict[str, tuple[int, ...]]:
         return {}
     ratings = {}
     for number, line in enumerate(read_lines(path), 1):
-        try:
-            name, _, _, votes = line.split("\t")
-            ratings[name] = tuple(int(vote) for vote in json.loads(votes))
-        except ValueError:
+        match = RATING.fullmatch(line)
+        if match is None:
             expected = "id, mean, deviation and a list of ratings, parted by tabs"
-            raise malformed(path, f"line {number}", line, expected) from None
+            raise malformed(path, f"line {number}", line, expected)
+        ratings[match[1]] = tuple(int(vote) for vote in match[2].split(","))
     return ratings
 
 
@@ -99,11 +104,18 @@ def cached() -> Path | None:
     folder = fetch.cache_dir() / "vader-3.3.2"
     if not (folder / MANIFEST).is_file():
         return None
-    hashes = read_json(folder / MANIFEST)
+    try:
+        hashes = read_json(folder / MANIFEST)
+    except DatasetError:  # damaged: fetched again
+        return None
     # Other files do no harm: a file manager may leave one of its own here.
-    intact = set(hashes) == set(TEXTS + RATINGS) and all(
-        (folder / name).is_file() and fetch.sha256_of(folder / name) == hashes[name]
-        for name in hashes
+    intact = (
+        isinstance(hashes, dict)
+        and set(hashes) == set(TEXTS + RATINGS)
+        and all(
+            (folder / name).is_file() and fetch.sha256_of(folder / name) == hashes[name]
+            for name in hashes
+        )
     )
     return folder if intact else None
 
