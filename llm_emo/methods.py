@@ -194,9 +194,9 @@ def untrained(model: nn.Module) -> list[str]:
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write what was learned in the layout that stock PEFT reads.
 
-    A prefix is written turned on by P positions, as stock PEFT injects it; with a projection
-    the encoder itself is kept beside it, because PEFT's layout has no place for it. An A that
-    several layers share is written once for each.
+    A prefix is written turned on by P positions, as stock PEFT injects it; beside it lies the
+    encoder itself, which comes back to the bit, and which PEFT's layout has no place for when
+    there is a projection. An A that several layers share is written once for each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     match model:
@@ -210,8 +210,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
             save_file(
                 {"prompt_embeddings": flat.cpu().contiguous()}, folder / "adapter_model.safetensors"
             )
-            if config.prefix_projection:
-                save_file(trainable_state(model), folder / PREFIX_FILE)
+            save_file(trainable_state(model), folder / PREFIX_FILE)
         case PeftModel():
             # Embeddings are never resized here, and looking for them asks the hub.
             model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -228,29 +227,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     weights = folder / "adapter_model.safetensors"
     match model:
-        case PTuningV2Model() if (folder / PREFIX_FILE).exists():
-            load_trainable_state(model, load_file(folder / PREFIX_FILE), folder / PREFIX_FILE)
         case PTuningV2Model():
-            if model.peft_config.prefix_projection:
-                raise AdapterError(
-                    f"{folder}: no {PREFIX_FILE}, which a prefix with a projection is read from"
-                )
-            state = _read(weights)
-            if set(state) != {"prompt_embeddings"}:
-                raise AdapterError(
-                    f"{weights}: found {sorted(state)[:3]}, expected "
-                    "prompt_embeddings; is it a P-Tuning v2 adapter?"
-                )
-            flat = state["prompt_embeddings"].float()
-            own = model.encoder.embedding.weight
-            if flat.shape != own.shape:
-                raise AdapterError(
-                    f"{weights}: prompt_embeddings has shape {tuple(flat.shape)}, "
-                    f"expected {tuple(own.shape)}"
-                )
-            shape = model.prefix().shape
-            turned = rotate_keys(model.base, flat.view(shape).to(own.device), -shape[0])
-            own.data.copy_(turned.flatten(1))
+            _load_prefix(model, folder)
         case PeftModel():
             state = {
                 name.replace(".weight", ".default.weight") if ".lora_" in name else name: tensor
@@ -259,6 +237,38 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             load_trainable_state(model, _each_once(model, state, weights), weights)
         case _:
             load_trainable_state(model, _read(folder / "model.safetensors"), folder)
+
+
+def _load_prefix(model: PTuningV2Model, folder: Path) -> None:
+    weights, encoder = folder / "adapter_model.safetensors", folder / PREFIX_FILE
+    state = _read(weights)
+    if set(state) != {"prompt_embeddings"}:
+        raise AdapterError(
+            f"{weights}: found {sorted(state)[:3]}, expected "
+            "prompt_embeddings; is it a P-Tuning v2 adapter?"
+        )
+    flat, shape = state["prompt_embeddings"].float(), model.start.shape
+    if flat.shape != model.start.flatten(1).shape:
+        raise AdapterError(
+            f"{weights}: prompt_embeddings has shape {tuple(flat.shape)}, "
+            f"expected {tuple(model.start.flatten(1).shape)}"
+        )
+    prefix = rotate_keys(model.base, flat.view(shape).to(model.base.device), -shape[0])
+    if encoder.exists():
+        before = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+        load_trainable_state(model, _read(encoder), encoder)
+        if not torch.allclose(model.prefix().float(), prefix, atol=1e-3, rtol=1e-3):
+            load_trainable_state(model, before, encoder)
+            raise AdapterError(
+                f"{folder}: {PREFIX_FILE} and {weights.name} hold different prefixes, so one of "
+                "them was exchanged; take both files from one training"
+            )
+    elif model.peft_config.prefix_projection:
+        raise AdapterError(
+            f"{folder}: no {PREFIX_FILE}, which a prefix with a projection is read from"
+        )
+    else:
+        model.encoder.embedding.weight.data.copy_(prefix.flatten(1))
 
 
 def _each_once(model: nn.Module, state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:

@@ -405,7 +405,7 @@ def test_what_is_saved_is_what_is_loaded(architecture, method, changes, tmp_path
     other = tiny.adapted(architecture, method, seed=9, **changes)
     assert (logits(other) - logits(saved)).abs().max() > 1e-3
     load_adapter(other, tmp_path)
-    assert (logits(other) - logits(saved)).abs().max() < 1e-4
+    assert torch.equal(logits(other), logits(saved))
     # It goes on learning.
     assert backward(other).abs().max() > 0
 
@@ -479,6 +479,38 @@ def test_a_projection_of_another_input_is_refused_with_both_shapes(tmp_path):
     other = tiny.adapted("llama", "p_tuning_v2", **changes, projection_input="all")
     with pytest.raises(AdapterError, match=r"embedding.weight has shape \(4, 16\).*\(4, 64\)"):
         load_adapter(other, tmp_path)
+
+
+@architectures
+def test_a_prefix_as_stock_peft_keeps_it_needs_no_encoder_beside_it(architecture, tmp_path):
+    model = tiny.adapted(architecture, "p_tuning_v2")
+    save_adapter(model, tmp_path)
+    (tmp_path / PREFIX_FILE).unlink()
+    other = tiny.adapted(architecture, "p_tuning_v2", seed=9)
+    load_adapter(other, tmp_path)
+    assert (logits(other) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"projection": True, "projection_size": 6}])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", PREFIX_FILE])
+def test_an_exchanged_half_of_a_prefix_is_refused_and_nothing_is_copied(changes, name, tmp_path):
+    for seed, folder in enumerate(("a", "b")):
+        save_adapter(tiny.adapted("llama", "p_tuning_v2", seed=seed, **changes), tmp_path / folder)
+    (tmp_path / "b" / name).rename(tmp_path / "a" / name)
+    model = tiny.adapted("llama", "p_tuning_v2", seed=9, **changes)
+    before = logits(model)
+    with pytest.raises(AdapterError, match="different prefixes"):
+        load_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
+def test_a_broken_encoder_file_is_named(content, tmp_path):
+    model = tiny.adapted("llama", "p_tuning_v2")
+    save_adapter(model, tmp_path)
+    (tmp_path / PREFIX_FILE).write_bytes(content)
+    with pytest.raises(AdapterError, match=PREFIX_FILE):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
