@@ -78,8 +78,9 @@ class PromptChoice(_Section):
 
     name: str = Field(min_length=1)
     """A shipped prompt, or the path of a prompt file."""
-    history_window: int = Field(ge=0)
-    """How many earlier turns of the dialogue are shown, in turns; 0 shows none."""
+    history_window: int | None = Field(ge=0)
+    """How many earlier turns of the dialogue are shown, in turns; 0 shows none, null as many as
+    the prompt file says. Required, because it changes a score."""
     max_length: int = Field(ge=16)
     """Tokens of one example, answer included; what is too long loses corpus text only."""
 

@@ -1,10 +1,11 @@
+import re
 from pathlib import Path
 
 import program
 import pytest
 
-from llm_emo import recipes
-from llm_emo.errors import DatasetError, ProtocolError
+from llm_emo import prompts, recipes
+from llm_emo.errors import DatasetError, ProtocolError, RecipeError
 from llm_emo.experiment import Experiment, data_root
 
 
@@ -84,3 +85,21 @@ def test_labels_json_holds_what_the_answers_are_parsed_with():
     assert content["language"] == "zh"
     assert len(content["names"]) == len(content["words"]) == len(content["answers"]) == 7
     assert set(content["aliases"].values()) <= set(content["names"])
+
+
+def test_a_window_of_null_is_the_prompt_files_own_and_must_be_written_down(tmp_path):
+    def longest(*changes):
+        experiment = prepare("friends/lora_dialogue", *changes)
+        return max(len(example.history) for example in experiment.examples("train"))
+
+    shipped = prompts.load("dialogue").verbatim
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.replace("window: null", "window: 1"), "utf-8")
+    assert longest("prompt.history_window=null") > 2  # the whole dialogue
+    assert longest("prompt.history_window=2") == 2
+    assert longest(f"prompt.name={mine}", "prompt.history_window=null") == 1
+    assert longest(f"prompt.name={mine}", "prompt.history_window=2") == 2
+    source = recipes.source("friends/lora_dialogue").read_text("utf-8")
+    (tmp_path / "r.yaml").write_text(re.sub(r"\n *history_window:.*", "", source), "utf-8")
+    with pytest.raises(RecipeError, match=r"missing key 'prompt\.history_window'"):
+        recipes.load(str(tmp_path / "r.yaml"))

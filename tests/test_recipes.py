@@ -75,7 +75,7 @@ def test_a_shipped_recipe_does_what_its_name_says(name):
     stem = name.split("/")[1]
     assert recipe.method.kind in stem
     assert recipe.model.name == ("chatglm2-6b" if "chatglm2" in stem else recipes.BUNDLED_MODEL)
-    assert (recipe.prompt.history_window > 0) == ("dialogue" in stem)
+    assert (recipe.prompt.history_window != 0) == ("dialogue" in stem)
     if "chatglm2" in stem and recipe.train is not None:
         assert recipe.train.batch_size == 16
         match recipe.method:
@@ -301,6 +301,7 @@ def test_numbers_are_those_of_yaml_1_2(write):
         ("method.target_modules=[1]", "'method.target_modules.0': expected a text"),
         ("method.target_modules=[a, a]", "names a layer twice: a, a"),
         ("prompt.history_window=-1", "expected greater than or equal to 0"),
+        ("prompt.history_window=all", "expected a whole number; found 'all' (text)"),
         ("seed=-1", "expected greater than or equal to 0"),
         ("train=5", "'train': expected a mapping of epochs, batch_size"),
         ("method=7", "'method': expected a mapping of kind, rank"),
