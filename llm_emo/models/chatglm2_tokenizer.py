@@ -201,7 +201,6 @@ def _tokenizer(pieces: Sequence[str], pairs: Sequence[tuple[str, str]]) -> PreTr
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
 
