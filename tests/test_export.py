@@ -12,7 +12,7 @@ from llm_emo import export, labelling, methods, opening, predictions, recipes, r
 from llm_emo.encoding import Encoder
 from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
-from llm_emo.models import auto, chatglm2, chatglm2_adapters
+from llm_emo.models import adapters, auto, chatglm2, chatglm2_adapters
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +295,25 @@ def test_a_lora_run_is_written_fused_and_computes_the_same(tied, times, glm_fold
     torch.testing.assert_close(found.softmax(-1), expected, atol=2e-5, rtol=1e-4)
     untouched = label_log_probabilities(base(glm_folder), run, glm_folder)
     assert (found - untouched).abs().max() > 0.05, "the adapter does nothing"
+
+
+def test_an_adapter_from_elsewhere_labels_rows_under_a_zero_shot_recipe(glm_folder, tmp_path):
+    run = program.train(tmp_path / "run", glm_folder, "mastodon/lora", QKV)
+    exported(run, tmp_path / "foreign", "chatglm2")
+    chatglm2_adapters.to_native(tmp_path / "foreign", tmp_path / "native", base=glm_folder)
+
+    keys = [f"model.name={glm_folder}", "model.dtype=float32"]
+    recipe = recipes.load("mastodon/zero_shot", keys)
+    recipe = recipe.model_copy(update={"method": adapters.method_of(tmp_path / "native")})
+    labeller = labelling.open_labeller(Experiment.prepare(recipe, program.FIXTURES))
+    methods.load_adapter(labeller.model, tmp_path / "native")
+    rows = list(labeller.predict(labeller.experiment.examples("test")))
+    table = {row.uid: row.probabilities for row in rows}
+    program.call("predict", run, "-o", tmp_path / "own").ok()
+    _, expected = predictions.read(tmp_path / "own/test.predictions.jsonl")
+    assert len(expected) == len(table)
+    for row in expected:
+        assert table[row.uid] == pytest.approx(row.probabilities, abs=1e-5)
 
 
 @pytest.mark.parametrize("projection", [False, True])
