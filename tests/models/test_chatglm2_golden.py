@@ -17,10 +17,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GlmConfig, StaticCache
 
 from llm_emo import attention, recipes
+from llm_emo.convert import convert
 from llm_emo.encoding import Encoded
 from llm_emo.inference import generate
 from llm_emo.methods import adapt, count_parameters, load_adapter, save_adapter
-from llm_emo.models import auto
+from llm_emo.models import auto, chatglm2, weights
 from llm_emo.training import answer_loss, collate
 from llm_emo.trie import TokenTrie, node_logits
 
@@ -53,92 +54,36 @@ def lora_cases(folder):
 
 
 @pytest.fixture(scope="module")
-def original(folder):
-    """The checkpoint under the original's names."""
-    return load_file(folder / "checkpoint" / "model.safetensors")
+def layout(folder):
+    config = json.loads((folder / "checkpoint" / "config.json").read_text())
+    return chatglm2.Layout.from_original(config, folder / "checkpoint")
 
 
 @pytest.fixture(scope="module")
-def sizes(folder):
-    return json.loads((folder / "checkpoint" / "config.json").read_text())
-
-
-# --- the mapping, spelled out once more ---------------------------------------------------------
-
-OUTER = {
-    "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "transformer.encoder.final_layernorm.weight": "model.norm.weight",
-    "transformer.output_layer.weight": "lm_head.weight",
-}
-INNER = {
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "self_attention.dense": "self_attn.o_proj",
-    "mlp.dense_h_to_4h": "mlp.gate_up_proj",
-    "mlp.dense_4h_to_h": "mlp.down_proj",
-}
-
-
-def rows(sizes):
-    """How many rows of query_key_value are queries, keys and values."""
-    keys = sizes["multi_query_group_num"] * sizes["kv_channels"]
-    return [sizes["num_attention_heads"] * sizes["kv_channels"], keys, keys]
-
-
-def native_config(sizes, **changes):
-    return GlmConfig(
-        **{
-            "vocab_size": sizes["padded_vocab_size"],
-            "hidden_size": sizes["hidden_size"],
-            "intermediate_size": sizes["ffn_hidden_size"],
-            "num_hidden_layers": sizes["num_layers"],
-            "num_attention_heads": sizes["num_attention_heads"],
-            "num_key_value_heads": sizes["multi_query_group_num"],
-            "head_dim": sizes["kv_channels"],
-            "max_position_embeddings": sizes["seq_length"],
-            "rms_norm_eps": sizes["layernorm_epsilon"],
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-            },
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        | changes
-    )
-
-
-def to_native(state, sizes):
-    made = {}
-    for name, tensor in state.items():
-        if name in OUTER:
-            made[OUTER[name]] = tensor
-        elif "query_key_value" in name:
-            layer, kind = name.split(".")[3], name.rpartition(".")[2]
-            for part, piece in zip("qkv", tensor.split(rows(sizes)), strict=True):
-                made[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"] = piece.clone()
-        elif "inv_freq" not in name:
-            layer, inner = name.split(".")[3], ".".join(name.split(".")[4:-1])
-            made[f"model.layers.{layer}.{INNER[inner]}.weight"] = tensor
-    return made
+def converted(folder, tmp_path_factory):
+    """The folder that `llm-emo convert` makes of the checkpoint."""
+    output = tmp_path_factory.mktemp("chatglm2") / "native"
+    convert(folder / "checkpoint", output, tokenizer=folder / "tokenizer" / "tokenizer.model")
+    return output
 
 
 @pytest.fixture
-def base(original, sizes):
-    """Make the converted model."""
+def base(converted):
+    """Make the converted model as anybody would."""
 
     def make(implementation="sdpa"):
-        model = AutoModelForCausalLM.from_config(
-            native_config(sizes), attn_implementation=implementation, dtype=torch.float32
+        return AutoModelForCausalLM.from_pretrained(
+            converted, attn_implementation=implementation, trust_remote_code=False
         )
-        model.load_state_dict(to_native(original, sizes))
-        return model.eval()
 
     return make
+
+
+def to_native(state, layout):
+    made = {}
+    for name, tensor in state.items():
+        made |= chatglm2.to_native(name, tensor, layout)
+    return made
 
 
 @pytest.fixture
@@ -285,7 +230,7 @@ def continuations(cases, name):
 
 @losses
 @implementations
-def test_loss_and_gradients_are_the_original_s(base, cases, sizes, implementation, loss):
+def test_loss_and_gradients_are_the_original_s(base, cases, layout, implementation, loss):
     model = adapt(base(implementation), recipes.Full(kind="full")).train()
     value = loss(model, cases)
     assert abs(float(value.detach()) - float(cases["train.loss"])) <= EXACT
@@ -297,25 +242,24 @@ def test_loss_and_gradients_are_the_original_s(base, cases, sizes, implementatio
         if name.startswith("train.grad.")
     }
     assert len(golden) == 3
-    for name, tensor in to_native(golden, sizes).items():
+    for name, tensor in to_native(golden, layout).items():
         assert worst(own[name], tensor) <= EXACT, name
 
 
-def test_both_directions_keep_every_bit(original, sizes, base):
-    back = {}
-    state = base().state_dict()
-    for name in original:
-        if name in OUTER:
-            back[name] = state[OUTER[name]]
-        elif "query_key_value" in name:
-            layer, kind = name.split(".")[3], name.rpartition(".")[2]
-            parts = [f"model.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
-            back[name] = torch.cat([state[part] for part in parts])
-        elif "inv_freq" not in name:
-            layer, inner = name.split(".")[3], ".".join(name.split(".")[4:-1])
-            back[name] = state[f"model.layers.{layer}.{INNER[inner]}.weight"]
-    assert back.keys() == {name for name in original if "inv_freq" not in name}
+def test_both_directions_keep_every_bit(folder, converted, tmp_path):
+    convert(converted, tmp_path / "back", to="chatglm2")
+    original = load_file(folder / "checkpoint" / "model.safetensors")
+    back = load_checkpoint(tmp_path / "back")
+    assert back.keys() == original.keys()
     assert all(torch.equal(tensor, original[name]) for name, tensor in back.items())
+
+
+def load_checkpoint(folder):
+    """Every tensor of a checkpoint folder, whatever its files are called."""
+    state = {}
+    for path in weights.files_of(folder)[0]:
+        state |= weights.read(path)
+    return state
 
 
 # --- P-Tuning v2 --------------------------------------------------------------------------------
@@ -414,30 +358,19 @@ def test_a_saved_golden_prefix_comes_back_and_is_the_original_s(
     assert worst(own, cases[f"{kind}.nopad.3.logits"]) <= REORDERED
 
 
-@pytest.fixture(scope="module")
-def saved(original, sizes, tmp_path_factory):
-    """The converted checkpoint as a folder."""
-    folder = tmp_path_factory.mktemp("chatglm2")
-    model = AutoModelForCausalLM.from_config(native_config(sizes), dtype=torch.float32)
-    model.load_state_dict(to_native(original, sizes))
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def four_bits(saved, dtype, *, written_out=False):
-    section = recipes.Model(name=str(saved), revision=None, dtype=dtype, quantization="nf4")
+def four_bits(converted, dtype, *, written_out=False):
+    section = recipes.Model(name=str(converted), revision=None, dtype=dtype, quantization="nf4")
     model = auto.load(section, tiny.lora()).model
     return model.dequantize(torch.float32) if written_out else model
 
 
 @kinds
 def test_a_prefix_on_a_four_bit_base_is_that_prefix_on_the_same_weights_written_out(
-    prefixed, cases, saved, kind
+    prefixed, cases, converted, kind
 ):
     """In float32, NF4 differs from its own weights written out by the order of sums at most."""
-    packed = prefixed(kind, four_bits(saved, "float32"))
-    plain = prefixed(kind, four_bits(saved, "float32", written_out=True))
+    packed = prefixed(kind, four_bits(converted, "float32"))
+    plain = prefixed(kind, four_bits(converted, "float32", written_out=True))
     for length in LENGTHS:
         ids = cases[f"nopad.{length}.input_ids"]
         golden = logits(plain, input_ids=ids)
@@ -452,10 +385,10 @@ def test_a_prefix_on_a_four_bit_base_is_that_prefix_on_the_same_weights_written_
 @losses
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_prefix_on_a_four_bit_base_learns_as_on_the_same_weights_written_out(
-    prefixed, cases, saved, kind, loss, checkpointing
+    prefixed, cases, converted, kind, loss, checkpointing
 ):
-    packed = prefixed(kind, four_bits(saved, "float32")).train()
-    plain = prefixed(kind, four_bits(saved, "float32", written_out=True)).train()
+    packed = prefixed(kind, four_bits(converted, "float32")).train()
+    plain = prefixed(kind, four_bits(converted, "float32", written_out=True)).train()
     if checkpointing:
         packed.activation_checkpointing_enable({"use_reentrant": False})
     values = [loss(packed, cases), padded_loss(plain, cases)]
@@ -472,7 +405,7 @@ SPLIT = "base_model.model.model.layers.{}.self_attn.{}_proj"
 
 
 @pytest.fixture
-def tied(base, lora_cases, sizes):
+def tied(base, lora_cases, layout):
     """Make the model under LoRA with one A for q, k and v, as the golden training starts."""
 
     def make(implementation=attention.NAME, state=lora_cases, name="init.{}.lora_{}.default"):
@@ -480,10 +413,10 @@ def tied(base, lora_cases, sizes):
         model = adapt(base(implementation), section)
         own = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for layer in range(sizes["num_layers"]):
+            for layer in range(layout.layers):
                 fused = FUSED.format(layer)
                 a, b = (state[name.format(fused, half) + ".weight"] for half in "AB")
-                for part, piece in zip("qkv", b.split(rows(sizes)), strict=True):
+                for part, piece in zip("qkv", b.split(chatglm2.split_rows(layout)), strict=True):
                     at = SPLIT.format(layer, part)
                     own[f"{at}.lora_A.default.weight"].copy_(a)
                     own[f"{at}.lora_B.default.weight"].copy_(piece)
@@ -546,20 +479,20 @@ def test_the_trained_fused_adapter_gives_its_logits_when_split(trained, cases, l
     assert worst(own[seen], lora_cases["leftpad.logits"][seen]) <= EXACT
 
 
-def test_the_split_adapter_merges_into_the_fused_adapter_s_weights(trained, lora_cases, sizes):
+def test_the_split_adapter_merges_into_the_fused_adapter_s_weights(trained, lora_cases, layout):
     merged = trained().merge_and_unload().state_dict()
     golden = {k.removeprefix("merged."): v for k, v in lora_cases.items() if "merged." in k}
-    assert len(golden) == 2 * sizes["num_layers"]
-    for name, tensor in to_native(golden, sizes).items():
+    assert len(golden) == 2 * layout.layers
+    for name, tensor in to_native(golden, layout).items():
         assert worst(merged[name], tensor) <= EXACT, name
 
 
-def test_the_split_adapter_fuses_into_the_file_it_came_from(trained, folder, sizes, tmp_path):
+def test_the_split_adapter_fuses_into_the_file_it_came_from(trained, folder, layout, tmp_path):
     """Equal A: one of them, and the rows of B put together again, bit for bit."""
     save_adapter(trained(), tmp_path)
     split = load_file(tmp_path / "adapter_model.safetensors")
     fused = load_file(folder / "lora_adapter_fused" / "adapter_model.safetensors")
-    for layer in range(sizes["num_layers"]):
+    for layer in range(layout.layers):
         at = [SPLIT.format(layer, part) for part in "qkv"]
         for part in at:
             a = split[f"{part}.lora_A.weight"]
@@ -576,20 +509,7 @@ def six_b():
     """The 6B model on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            native_config(
-                {
-                    "padded_vocab_size": 65024,
-                    "hidden_size": 4096,
-                    "ffn_hidden_size": 13696,
-                    "num_layers": 28,
-                    "num_attention_heads": 32,
-                    "multi_query_group_num": 2,
-                    "kv_channels": 128,
-                    "seq_length": 32768,
-                    "layernorm_epsilon": 1e-5,
-                }
-            ),
-            dtype=torch.bfloat16,
+            GlmConfig(**chatglm2.CHATGLM2_6B.native_config()), dtype=torch.bfloat16
         )
 
 
