@@ -363,7 +363,7 @@ def _rows(path: Path, lines: Sequence[bytes]) -> Iterator[Prediction]:
                 raise PredictionsError(f"{place}: unknown key {key!r}; {nearest(key, _KEYS)}")
         for key in _KEYS:
             if key not in data:
-                raise PredictionsError(f"{place}: key {key!r} is missing")
+                raise PredictionsError(f"{place}: missing key {key!r}")
             value = data[key]
             optional = key not in ("uid", "outcome")
             if key != "probabilities" and not (

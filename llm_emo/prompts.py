@@ -303,7 +303,7 @@ def _compiled(path: Path, file: _PromptFile, verbatim: str) -> Prompt:
     unknown_speaker = (file.unknown_speaker or "").strip() or None
     if "speaker" in holes and unknown_speaker is None:
         raise PromptError(
-            f"{path}: key 'unknown_speaker' is missing; it says what {{speaker}} "
+            f"{path}: missing key 'unknown_speaker'; it says what {{speaker}} "
             "shows where a corpus names none"
         )
     if _holes(path, "answer", file.answer, frozenset({"label"})) != ["label"]:

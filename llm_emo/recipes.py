@@ -25,7 +25,7 @@ from ruamel.yaml.error import YAMLError
 
 from llm_emo import resources
 from llm_emo.errors import EmoError, RecipeError, nearest
-from llm_emo.recipe_errors import Key, Problem, conflict, found_text, problems
+from llm_emo.validation import Key, Problem, conflict, found_text, problems
 
 BUNDLED_MODEL = "smollm2-135m"
 """The model name that stands for the SmolLM2-135M-Instruct from the Python package index."""

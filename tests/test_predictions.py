@@ -145,7 +145,7 @@ def spoil(path: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda row: {**row, "uid": "a"}, "uid 'a': stands twice"),
-        (lambda row: {k: v for k, v in row.items() if k != "gold"}, "key 'gold' is missing"),
+        (lambda row: {k: v for k, v in row.items() if k != "gold"}, "missing key 'gold'"),
         (lambda row: {**row, "lable": "x"}, "unknown key 'lable'; did you mean 'label'"),
         (lambda row: {**row, "uid": 3}, "key 'uid': found 3, expected a string"),
         (lambda row: {**row, "label": 3}, "key 'label': found 3, expected a string or null"),
@@ -170,7 +170,7 @@ def test_a_malformed_row_is_refused_by_file_and_line(path: Path, change: Any, me
         (b"\xff", "line 1: is not JSON.*utf-8"),
         (b'{"uid": "a"}', "line 1: found a prediction, expected the header"),
         (b'{"protocl": "a"}', "line 1: unknown key 'protocl'; did you mean 'protocol'"),
-        (b'{"protocol": "a"}', "line 1: key 'dataset' is missing"),
+        (b'{"protocol": "a"}', "line 1: missing key 'dataset'"),
         (b'{"split": "a", "split": "b"}', "a key stands twice"),
     ],
 )
