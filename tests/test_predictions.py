@@ -230,7 +230,7 @@ def test_a_spoiled_complete_line_is_refused_not_dropped(path: Path) -> None:
         journal.append(prediction("a"))
     with journal.partial.open("ab") as file:
         file.write(b"{}\n")
-    with pytest.raises(PredictionsError, match="line 3: key 'uid' is missing"):
+    with pytest.raises(PredictionsError, match="line 3: missing key 'uid'"):
         Journal(path, HEADER)
 
 
