@@ -114,7 +114,10 @@ def check(
     experiment, source = _experiment(recipe, set_, data_root)
     from llm_emo import inspection
 
-    _print(inspection.fit(experiment, source), json_, "show_check")
+    result = inspection.fit(experiment, source)
+    if "test" in result["splits"]:
+        _warn(experiment.protocol.size_warning("test", result["splits"]["test"]["rows"]))
+    _print(result, json_, "show_check")
 
 
 @app.command(epilog="Example: `llm-emo show vader/lora -n 1`")
@@ -133,6 +136,37 @@ def show(
 
     shown = inspection.examples(experiment, _split(split), count)
     _print({"examples": shown}, json_, "show_examples")
+
+
+@app.command(
+    epilog="Example: `llm-emo plan friends/chatglm2_lora --gpu-memory 24GiB`; for this machine, "
+    "with one small step measured: `llm-emo plan mastodon/lora --measure`"
+)
+def plan(
+    recipe: Recipe_,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of a GPU elsewhere, such as 24GiB; without it, the plan is for "
+                     "this machine.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one small step here and compare.")
+    ] = False,
+    data_root: DataRoot = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Say what a recipe needs, before anything runs: memory, tokens, steps, time, disk.
+
+    The model need not be there. The last line names the fastest way that fits.
+    """
+    _quiet()
+    experiment, _ = _experiment(recipe, set_, data_root)
+    from llm_emo.plan import plan as estimate
+    from llm_emo.planner import parse_memory
+
+    room = None if gpu_memory is None else parse_memory(gpu_memory)
+    _print(estimate(experiment, gpu_memory=room, measure=measure), json_, "show_plan")
 
 
 @app.command(
@@ -230,7 +264,7 @@ def evaluate(
     From a predictions file it needs neither model nor torch. With the corpus at hand the 95 %
     intervals resample whole dialogues; from the file alone they resample rows.
     """
-    from llm_emo import predictions, runs
+    from llm_emo import predictions, protocols, runs
 
     groups = None
     if source.endswith(".jsonl"):
@@ -246,34 +280,86 @@ def evaluate(
         if not _first_process():
             return
     report = predictions.report(header, rows, groups)
+    _warn(protocols.get(header.protocol).size_warning(header.split, report["n"]))
     # Not by replacing ".predictions": a file of another name would be overwritten by its report.
     name = path.name.removesuffix(".jsonl").removesuffix(".predictions")
     runs.write_json(path.with_name(f"{name}.report.json"), report)
     _print(report, json_, "show_report")
 
 
-@app.command(epilog="Example: `llm-emo export runs/mastodon -o adapter --format peft`")
+@app.command(
+    epilog="Example: `llm-emo export runs/mastodon -o adapter`, "
+    "`llm-emo export runs/mastodon -o model --format merged --merge-dtype bfloat16`"
+)
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
     format_: Annotated[
-        str, typer.Option("--format", help="peft (an adapter folder) or merged (a whole model).")
+        str,
+        typer.Option("--format", help="peft (an adapter folder), merged (a whole model), or "
+                     "chatglm2 (an adapter for programs that run ChatGLM2's original code)."),
     ] = "peft",
+    merge_dtype: Annotated[
+        str,
+        typer.Option(help="With --format merged: auto (the base's own), float32, bfloat16, or "
+                     "nf4, which rounds the merged weights to 4 bits and says by how much."),
+    ] = "auto",
     data_root: DataRoot = None,
     set_: Set = None,
     json_: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write the adapter for use elsewhere; stock PEFT and transformers read it."""
     _quiet()
     from llm_emo import opening, runs
 
-    _one_of("--format", format_, ("peft", "merged"))
+    _one_of("--format", format_, ("peft", "merged", "chatglm2"))
+    _one_of("--merge-dtype", merge_dtype, ("auto", "float32", "bfloat16", "nf4"))
     opened = runs.open_run(run)
     experiment = opening.from_run(opened, set_ or [], data_root)
     from llm_emo.export import export as write
 
-    write(experiment, opened, output, cast("Any", format_))
-    _print({"exported": str(output), "format": format_}, json_, "show_path")
+    result = write(experiment, opened, output, cast("Any", format_), cast("Any", merge_dtype))
+    _print(result, json_, "show_path")
+
+
+@app.command(
+    epilog="Example: `llm-emo convert ~/chatglm2-6b -o models/chatglm2-6b`; back: "
+    "`llm-emo convert models/chatglm2-6b -o original --to chatglm2`"
+)
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT",
+                       help="A ChatGLM2 checkpoint, or an adapter of it (LoRA, P-Tuning v2)."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    to: Annotated[
+        str,
+        typer.Option(help="native (transformers' own GLM layout) or chatglm2 (the original's)."),
+    ] = "native",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="For an adapter: the folder of the checkpoint that it belongs to, where "
+                     "that is not ChatGLM2-6B.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="The tokenizer.model, where it does not lie in the checkpoint folder.",
+                     show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Convert ChatGLM2 checkpoints and adapters, shard by shard and without remote code.
+
+    The result opens with plain AutoModelForCausalLM and AutoTokenizer. The way back restores
+    the original's names bit by bit.
+    """
+    _quiet()
+    _one_of("--to", to, ("native", "chatglm2"))
+    from llm_emo.convert import convert as run
+
+    result = run(checkpoint, output, to=cast("Any", to), tokenizer=tokenizer, base=base)
+    _print(result, json_, "show_path")
 
 
 # --- what the verbs share -----------------------------------------------------------------------
@@ -282,6 +368,11 @@ def export(
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RunError(f"{option}: {value!r} is not known; {nearest(value, known)}")
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        typer.echo(f"warning: {text}", err=True)
 
 
 def _split(name: str) -> Split:

@@ -41,7 +41,12 @@ _SLACK = 64 << 20
 
 
 def convert(
-    source: Path, output: Path, *, to: To = "native", tokenizer: Path | None = None
+    source: Path,
+    output: Path,
+    *,
+    to: To = "native",
+    tokenizer: Path | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Convert a ChatGLM2 checkpoint or adapter; the output is complete or absent.
 
@@ -54,6 +59,8 @@ def convert(
         output: A new or empty folder.
         to: `native`, transformers' own GLM, or `chatglm2`, the original's names.
         tokenizer: The tokenizer.model, where it does not lie in `source`.
+        base: For an adapter, the folder of the checkpoint that it belongs to, in either layout;
+            without it, the base that the adapter names, else ChatGLM2-6B.
 
     Returns:
         What was done, as JSON has it: `converted`, `to`, `source`, `kind`, sizes, the sha256 of
@@ -75,7 +82,9 @@ def convert(
         if tokenizer is not None:
             raise ModelError("--tokenizer: an adapter has no tokenizer; leave the option out")
         change = chatglm2_adapters.to_native if to == "native" else chatglm2_adapters.to_chatglm2
-        return change(source, output)
+        return change(source, output, base=base)
+    if base is not None:
+        raise ModelError("--base: belongs to an adapter, not to a checkpoint; leave the option out")
     checkpoint = _open_original(source) if to == "native" else _open_native(source)
     model_file = _model_file(source, tokenizer, required=to == "native")
     with appearing(output, checkpoint.bytes + _SLACK) as folder:
