@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 
+import program
 import pytest
 import tiny
 import torch
@@ -113,6 +115,7 @@ def test_nf4_is_doubly_quantised_and_computes_in_the_recipe_s_dtype(load, dtype,
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested
         assert layer.compute_dtype == getattr(torch, dtype)
+        assert not layer.support_avx512bf16_for_cpu, "evaluating would repack the weights"
 
 
 @devices
@@ -320,3 +323,14 @@ def test_the_training_loop_takes_a_quantised_base_and_resumes_on_it(load, kind, 
         run(tmp_path / "cut", StopAt())
     resumed, _ = run(tmp_path / "cut", resume=True)
     torch.testing.assert_close(all_logits(resumed, IDS), all_logits(whole, IDS))
+
+
+@kinds
+@pytest.mark.parametrize("recipe", ["mastodon/lora", "mastodon/p_tuning_v2"])
+def test_the_program_trains_and_evaluates_on_a_quantised_base(kind, recipe, folder, tmp_path):
+    run = program.train(tmp_path / "run", folder, recipe, f"model.quantization={kind}")
+    report = json.loads(program.call("evaluate", run, "--json").ok().out)
+    assert report["n"] > 0
+    # Its adapter belongs to the base, however that is stored.
+    unquantised = program.settings("model.quantization=none")
+    program.call("predict", run, "-o", tmp_path / "elsewhere", *unquantised).ok()
