@@ -21,9 +21,10 @@ from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
 from llm_emo.fetch import sha256_of
 from llm_emo.inference import generate, score
+from llm_emo.journal import Journal
 from llm_emo.machine import processes, say
 from llm_emo.models import auto
-from llm_emo.predictions import Header, Journal, read
+from llm_emo.predictions import Header, read
 from llm_emo.trie import verify
 from llm_emo.types import Completion, Example, Prediction, Split
 

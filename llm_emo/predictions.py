@@ -4,8 +4,7 @@ The first line is a header object that says what made the file; then one object 
 gold, completion, label, outcome and probabilities. Text is UTF-8; a lone surrogate, which
 UTF-8 cannot hold, is written as its JSON escape.
 
-`Journal` is the same file while it grows: `<split>.predictions.jsonl.partial` is only ever
-appended to, so a job that dies loses at most the rows since its last flush, and continues.
+`journal.Journal` is the same file while it grows.
 """
 
 import errno
@@ -15,8 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -71,15 +69,14 @@ def write(path: Path, header: Header, predictions: Iterable[Prediction]) -> None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(_line(header.model_dump(mode="json")))
+            file.write(header_line(header))
             for number, prediction in enumerate(predictions, start=2):
-                _check(prediction, header.labels, seen, f"{path}, line {number}")
-                file.write(_line(_as_json(prediction)))
+                file.write(row_line(prediction, header.labels, seen, f"{path}, line {number}"))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _disk_failed(path, error) from None
+        raise disk_failed(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,10 +87,35 @@ def read(path: Path) -> tuple[Header, list[Prediction]]:
     Raises:
         PredictionsError: The file is missing or malformed; the message names file and line.
     """
-    lines = _read_bytes(path).split(b"\n")
+    return parse(path, read_bytes(path))
+
+
+def parse(path: Path, content: bytes) -> tuple[Header, list[Prediction]]:
+    """Return the header and the rows in the content of the predictions file `path`.
+
+    Raises:
+        PredictionsError: The content is malformed; the message names file and line.
+    """
+    lines = content.split(b"\n")
     if lines[-1] == b"":  # what stands behind the last line feed
         lines.pop()
-    return _header(path, lines), list(_rows(path, lines))
+    header = _header(path, lines)
+    return header, list(_rows(path, lines, header))
+
+
+def header_line(header: Header) -> bytes:
+    """Return the first line of a predictions file."""
+    return _line(header.model_dump(mode="json"))
+
+
+def row_line(prediction: Prediction, labels: Sequence[str], seen: set[str], place: str) -> bytes:
+    """Return the line of a prediction, and add its uid to `seen`.
+
+    Raises:
+        PredictionsError: The prediction contradicts itself or `labels`, or its uid was seen.
+    """
+    _check(prediction, labels, seen, place)
+    return _line(_as_json(prediction))
 
 
 def report(
@@ -157,165 +179,6 @@ def report(
     }
 
 
-class Journal:
-    """A predictions file that grows, and continues where a dead job left it.
-
-    `done` are the uids that need no prediction any more. `note` says what was dropped when
-    the file was opened, if anything. Call `flush` after each batch and `finish` at the end.
-
-    >>> import tempfile
-    >>> header = Header(protocol="p", dataset="d", split="test", labels=("joy", "fear"),
-    ...     files={}, run=None, model="m", revision=None, adapter=None, versions={},
-    ...     mode="generate", prompt="paper")
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "test.predictions.jsonl"
-    ...     with Journal(path, header) as journal:
-    ...         journal.append(Prediction("b", "joy", None, "none", "Well."))
-    ...     with Journal(path, header) as journal:
-    ...         print(journal.done)
-    ...         journal.append(Prediction("a", "joy", "joy", "exact", "Joy"))
-    ...         journal.finish(["a", "b"])
-    ...     [prediction.uid for prediction in read(path)[1]]
-    {'b'}
-    ['a', 'b']
-    """
-
-    def __init__(self, path: Path, header: Header) -> None:
-        """Open `<path>.partial`, or begin it.
-
-        Raises:
-            PredictionsError: It was begun under another header, or a complete line is malformed.
-            JobFailed: It cannot be written.
-        """
-        self.path = path
-        self.partial = path.with_name(f"{path.name}.partial")
-        self.header = header
-        self.done: set[str] = set()
-        self.note: str | None = None
-        self._pending = bytearray()
-        self._size = 0
-        try:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what is pending is ours to keep when the disk is full.
-            self._file = self.partial.open("ab", buffering=0)
-        except OSError as error:
-            raise _disk_failed(self.partial, error) from None
-        try:
-            self._continue()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _continue(self) -> None:
-        """Take over the complete lines that are there, and cut off a half-written one."""
-        content = _read_bytes(self.partial)
-        complete, line_feed, half = content.rpartition(b"\n")
-        self._size = len(complete) + len(line_feed)
-        if half:
-            self.note = f"{self.partial}: dropped a half-written last line ({len(half)} bytes)"
-            self._cut()
-        if not line_feed:
-            self._pending += _line(self.header.model_dump(mode="json"))
-            self.flush()
-            return
-        lines = complete.split(b"\n")
-        found = _header(self.partial, lines)
-        if found != self.header:
-            keys = [
-                key
-                for key in Header.model_fields
-                if getattr(found, key) != getattr(self.header, key)
-            ]
-            raise PredictionsError(
-                f"{self.partial}, line 1: was begun under another {', '.join(keys)}: found "
-                f"{getattr(found, keys[0])!r}, expected {getattr(self.header, keys[0])!r}; "
-                "delete the file to begin anew, or write to another folder"
-            )
-        self.done = {p.uid for p in _rows(self.partial, lines)}
-
-    def append(self, prediction: Prediction) -> None:
-        """Add a row; it is on disk after the next `flush`.
-
-        Raises:
-            PredictionsError: The prediction contradicts itself, or its uid is done already.
-        """
-        _check(prediction, self.header.labels, self.done, str(self.partial))
-        self._pending += _line(_as_json(prediction))
-
-    def flush(self) -> None:
-        """Put what was appended on disk.
-
-        Raises:
-            JobFailed: The disk is full or failing. Complete lines stay as they were, and
-                what is pending is kept for another try.
-        """
-        try:
-            self._write_pending()
-        except OSError as error:
-            self._cut()
-            raise _disk_failed(self.partial, error) from None
-        self._size += len(self._pending)
-        self._pending.clear()
-
-    def finish(self, order_of_uids: Sequence[str]) -> None:
-        """Write the final file, in the order of the split, and remove the partial one.
-
-        Raises:
-            PredictionsError: A uid of the split has no prediction, or one is of no row of it.
-            JobFailed: The disk is full or failing; the partial file stays.
-        """
-        self.flush()
-        _, rows = read(self.partial)
-        by_uid = {prediction.uid: prediction for prediction in rows}
-        twice = [uid for uid, count in Counter(order_of_uids).items() if count > 1]
-        missing = [uid for uid in order_of_uids if uid not in by_uid]
-        foreign = sorted(by_uid.keys() - set(order_of_uids))
-        for uids, problem in (
-            (twice, "stand twice in the split"),
-            (missing, "have no prediction; run predict again to continue"),
-            (foreign, "belong to no row of the split; the data changed, begin anew"),
-        ):
-            if uids:
-                raise PredictionsError(
-                    f"{self.partial}: {len(uids)} uids {problem} (the first: {uids[0]!r})"
-                )
-        write(self.path, self.header, (by_uid[uid] for uid in order_of_uids))
-        self.close()
-        self.partial.unlink()
-
-    def close(self) -> None:
-        """Flush and close; the file stays as it is, to be continued."""
-        if not self._file.closed:
-            try:
-                self.flush()
-            finally:
-                self._file.close()
-
-    def __enter__(self) -> Self:
-        """Return the journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file, whatever happened."""
-        self.close()
-
-    def _write_pending(self) -> None:
-        """Write and sync the pending bytes; a raw file may take them in several pieces."""
-        written = 0
-        while written < len(self._pending):
-            written += self._file.write(self._pending[written:]) or 0
-        os.fsync(self._file.fileno())
-
-    def _cut(self) -> None:
-        """Cut the file back to its complete lines."""
-        os.ftruncate(self._file.fileno(), self._size)
-
-
 def _check(prediction: Prediction, labels: Sequence[str], seen: set[str], place: str) -> None:
     """Refuse a prediction that contradicts itself; add its uid to `seen`."""
 
@@ -351,9 +214,8 @@ def _check(prediction: Prediction, labels: Sequence[str], seen: set[str], place:
     seen.add(prediction.uid)
 
 
-def _rows(path: Path, lines: Sequence[bytes]) -> Iterator[Prediction]:
+def _rows(path: Path, lines: Sequence[bytes], header: Header) -> Iterator[Prediction]:
     """Yield the predictions of all lines behind the header."""
-    header = _header(path, lines)
     seen: set[str] = set()
     for number, line in enumerate(lines[1:], start=2):
         place = f"{path}, line {number}"
@@ -438,8 +300,12 @@ def _line(data: dict[str, Any]) -> bytes:
     return _SURROGATE.sub(lambda m: f"\\u{ord(m.group()):04x}", text).encode() + b"\n"
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return the content of a file that must exist."""
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a predictions file.
+
+    Raises:
+        PredictionsError: It does not exist, or cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -450,7 +316,7 @@ def _read_bytes(path: Path) -> bytes:
         raise PredictionsError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _disk_failed(path: Path, error: OSError) -> JobFailed:
+def disk_failed(path: Path, error: OSError) -> JobFailed:
     """Return the one message for a disk that is full or cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return JobFailed(

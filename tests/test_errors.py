@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
-from llm_emo import checkpoints, cli, errors, methods, predictions, recipes, runs
+from llm_emo import checkpoints, cli, errors, journal, methods, predictions, recipes, runs
 
 
 @pytest.fixture
@@ -435,7 +435,7 @@ def test_a_full_disk_at_the_adapter_leaves_a_run_to_resume(fails, here, tiny_fol
 
 def test_a_full_disk_at_the_predictions_keeps_what_was_written(run_copy, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(predictions, "write", predictions_without_room)
+        patch.setattr(journal, "write", predictions_without_room)
         told = program.call("predict", run_copy, "-o", tmp_path / "out")
     told.refused("test.predictions.jsonl", "No space left on device", code=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [
@@ -445,7 +445,7 @@ def test_a_full_disk_at_the_predictions_keeps_what_was_written(run_copy, tmp_pat
 
 
 def predictions_without_room(path, *_):
-    raise predictions._disk_failed(path, OSError(errno.ENOSPC, "No space left on device"))
+    raise predictions.disk_failed(path, OSError(errno.ENOSPC, "No space left on device"))
 
 
 @pytest.mark.parametrize("form", ["peft", "merged"])
