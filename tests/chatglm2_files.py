@@ -20,7 +20,7 @@ SIZES: dict[str, int] = {
     "heads": 6,
     "groups": 3,
     "head_dim": 16,
-    "vocab": 320,
+    "vocab": 512,  # room for the ids of `chatglm2_tokens`
     "positions": 256,
 }
 """A shape in which hidden, query, key and ffn sizes all differ; any can be overridden."""

@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_emo import folders, recipes
 from llm_emo.convert import convert
-from llm_emo.errors import EmoError, JobFailed, ModelError, RunError
+from llm_emo.errors import AdapterError, EmoError, JobFailed, ModelError, RunError
 from llm_emo.models import auto, weights
 
 IDS = torch.tensor([5, 17, 301, 44, 44, 9, 250, 2, 61, 128, 77])
-VOCAB = 512  # room for the tiny tokenizer's ids
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,7 @@ def write(tmp_path, tokenizer_file):
     """Write a checkpoint with its tokenizer beside it."""
 
     def made(name="original", **settings) -> Path:
-        folder = chatglm2_files.write_checkpoint(
-            tmp_path / name, **{"vocab": VOCAB, "dtype": torch.float32} | settings
-        )
+        folder = chatglm2_files.write_checkpoint(tmp_path / name, **settings)
         shutil.copy(tokenizer_file, folder / "tokenizer.model")
         return folder
 
@@ -259,7 +256,7 @@ def test_the_same_checkpoint_gives_the_same_files(write, tmp_path):
 
 def test_weights_of_another_dtype_than_the_config_says_are_taken_as_they_are(write, tmp_path):
     source = write(dtype=torch.float16)
-    chatglm2_files.write_config(source, chatglm2_files.config(vocab=VOCAB))
+    chatglm2_files.write_config(source, chatglm2_files.config())
     result = convert(source, tmp_path / "native")
     assert (result["dtype"], len(result["notes"])) == ("float16", 1)
     assert "float32" in result["notes"][0]
@@ -461,6 +458,41 @@ def test_what_is_converted_already_is_not_converted_again(write, tmp_path):
     refused(source, tmp_path / "out", "already", to="chatglm2")
 
 
+def test_the_command_line_says_one_thing_and_exits_with_2(write, tmp_path):
+    source, output = write(shards=2), tmp_path / "native"
+    found = json.loads(program.call("convert", source, "-o", output, "--json").ok().out)
+    assert (found["to"], found["parameters"]) == ("native", opened(output).num_parameters())
+    shard = next(source.glob("*-00002-of-*"))
+    cut(shard, 0.5)
+    again = tmp_path / "again"
+    program.call("convert", source, "-o", again).refused(shard.name, "truncated")
+    program.call("convert", source, "-o", output).refused("is not empty")
+    program.call("convert", source, "-o", again, "--to", "original").refused("--to", "chatglm2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "original"]
+
+
+def test_adapters_are_told_from_checkpoints(write, tmp_path, tokenizer_file):
+    source = write()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", "utf-8")
+    refused(tmp_path / "adapter", tmp_path / "out", "--tokenizer", tokenizer=tokenizer_file)
+    refused(tmp_path / "adapter", tmp_path / "out", "adapter", error=AdapterError)
+    refused(source, tmp_path / "out", "--base", base=source)
+    prefix = {"transformer.prefix_encoder.embedding.weight": torch.randn(4, 2 * 2 * 3 * 16)}
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    chatglm2_files.write_config(tuned, chatglm2_files.config() | {"pre_seq_len": 4})
+    # The tuning script saves the prefix alone; others the model around it.
+    for named in (prefix, weights_in(source) | prefix):
+        chatglm2_files.write_weights(tuned, named)
+        assert convert(tuned, tmp_path / "out", base=source)["kind"] == "p_tuning_v2"
+        shutil.rmtree(tmp_path / "out")
+    for path in tuned.glob("pytorch_model*"):
+        path.unlink()
+    chatglm2_files.write_weights(tuned, weights_in(source) | prefix, shards=2)
+    assert convert(tuned, tmp_path / "out", base=source)["kind"] == "p_tuning_v2"
+
+
 # --- disks and interruptions ---------------------------------------------------------------------
 
 
@@ -590,3 +622,20 @@ def test_what_is_written_piece_by_piece_is_what_the_library_writes(tmp_path):
     assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     with pytest.raises(ValueError, match="expected"):
         weights.write(tmp_path / "x", specs, reversed(list(tensors.values())), seen.append)
+
+
+# --- the benchmark ----------------------------------------------------------------------------
+
+
+def test_the_benchmark_converts_there_and_back_and_removes_everything(tmp_path):
+    script = program.ROOT / "scripts" / "bench" / "convert.py"
+    (tmp_path / "work").mkdir()
+    done = program.spawn(
+        script, "--small", "--folder", tmp_path / "work", "-o", tmp_path / "record.json"
+    ).ok()
+    assert "bits equal after there and back: yes" in done.out
+    assert list((tmp_path / "work").iterdir()) == []
+    record = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert record["bits_equal"] is True
+    for run in record["runs"].values():
+        assert 0 < run["RssAnon"] < run["VmHWM"] < record["limit_bytes"]

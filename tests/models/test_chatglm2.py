@@ -15,7 +15,7 @@ from llm_emo.models import chatglm2, chatglm2_checks
 from llm_emo.models.chatglm2 import CHATGLM2_6B, Layout
 
 SMALL = Layout(
-    layers=2, hidden=40, ffn=56, heads=6, groups=3, head_dim=16, vocab=320, positions=256,
+    layers=2, hidden=40, ffn=56, heads=6, groups=3, head_dim=16, vocab=512, positions=256,
     dtype="float32",
 )  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_a_tokenizer_with_roles_gives_chatglm3_away(tmp_path, name):
         ("layernorm_epsilon", None),
         ("multi_query_group_num", 4),
         ("kv_channels", 18),
-        ("vocab_size", 321),
+        ("vocab_size", 513),
         ("sliding_window", 4096),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_misspelt_key_is_told_its_nearest_name(tmp_path):
 def test_what_a_program_of_the_time_adds_to_a_config_is_harmless(tmp_path):
     added = {
         "classifier_dropout": None, "pre_seq_len": None, "prefix_projection": False,
-        "quantization_bit": 0, "vocab_size": 320, "rope_ratio": 1, "bos_token_id": 1,
+        "quantization_bit": 0, "vocab_size": 512, "rope_ratio": 1, "bos_token_id": 1,
         "eos_token_id": None, "transformers_version": "4.30.2", "_name_or_path": "/home/me/model",
     }  # fmt: skip
     config = chatglm2_files.config() | added
