@@ -4,17 +4,8 @@
 videos. Six texts occur twice, two of them with conflicting scores; all rows are kept.
 """
 
-from pathlib import Path
-
-from llm_emo.datasets.base import Corpus, Layout
-from llm_emo.datasets.mmsa import read_label_csv
-from llm_emo.types import SPLITS, Utterance
-
-
-def read(base: Path, part: str) -> list[Utterance]:
-    """Read the rows of one split out of `label.csv`."""
-    return read_label_csv(base / "label.csv", part, bound=1.0)
-
+from llm_emo.datasets import mmsa
+from llm_emo.datasets.base import Corpus
 
 CORPUS = Corpus(
     name="ch_sims",
@@ -27,12 +18,5 @@ CORPUS = Corpus(
         "links and put it into the folder ch_sims"
     ),
     annotation="sentiment of a clip, -1 to 1",
-    layouts=(
-        Layout(
-            name="MMSA label.csv",
-            files=dict.fromkeys(SPLITS, ("label.csv",)),
-            read=read,
-            bases=(".", "CH-SIMS", "SIMS", "Raw"),
-        ),
-    ),
+    layouts=(mmsa.layout(1.0, "CH-SIMS", "SIMS", "Raw"),),
 )

@@ -1,8 +1,12 @@
-"""The label.csv of MMSA, in which MOSI and CH-SIMS are passed on. Not a corpus itself."""
+"""The label.csv of MMSA, in which MOSI and CH-SIMS are passed on. Not a corpus itself.
+
+`dialogue` is the video, `turn` the number of the clip.
+"""
 
 from pathlib import Path
 
 from llm_emo.datasets.base import (
+    Layout,
     as_dicts,
     malformed,
     parse_choice,
@@ -11,7 +15,7 @@ from llm_emo.datasets.base import (
     parse_text,
     read_csv,
 )
-from llm_emo.types import Utterance
+from llm_emo.types import SPLITS, Utterance
 
 COLUMNS = (
     "video_id",
@@ -25,6 +29,19 @@ COLUMNS = (
     "mode",
 )
 MODES = {"train": "train", "dev": "valid", "test": "test"}
+
+
+def layout(bound: float, *folders: str) -> Layout:
+    """Return the layout of a corpus with scores in [-bound, bound].
+
+    Its label.csv lies in the corpus's own folder or in one of `folders` below that.
+    """
+    return Layout(
+        name="MMSA label.csv",
+        files=dict.fromkeys(SPLITS, ("label.csv",)),
+        read=lambda base, part: read_label_csv(base / "label.csv", part, bound),
+        bases=(".", *folders),
+    )
 
 
 def read_label_csv(path: Path, part: str, bound: float) -> list[Utterance]:

@@ -5,17 +5,8 @@ and take 53 values, thirds and quarters among them: protocols cut them, nothing 
 here. `dialogue` is the video, `turn` the number of the clip.
 """
 
-from pathlib import Path
-
-from llm_emo.datasets.base import Corpus, Layout
-from llm_emo.datasets.mmsa import read_label_csv
-from llm_emo.types import SPLITS, Utterance
-
-
-def read(base: Path, part: str) -> list[Utterance]:
-    """Read the rows of one split out of `label.csv`."""
-    return read_label_csv(base / "label.csv", part, bound=3.0)
-
+from llm_emo.datasets import mmsa
+from llm_emo.datasets.base import Corpus
 
 CORPUS = Corpus(
     name="mosi",
@@ -28,12 +19,5 @@ CORPUS = Corpus(
         "and put it into the folder mosi"
     ),
     annotation="sentiment of a clip, -3 to 3",
-    layouts=(
-        Layout(
-            name="MMSA label.csv",
-            files=dict.fromkeys(SPLITS, ("label.csv",)),
-            read=read,
-            bases=(".", "MOSI", "Raw"),
-        ),
-    ),
+    layouts=(mmsa.layout(3.0, "MOSI", "Raw"),),
 )
