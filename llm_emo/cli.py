@@ -94,14 +94,14 @@ def quickstart(
 @app.command(epilog="Example: `llm-emo datasets --data-root ~/corpora --json`")
 def datasets(data_root: DataRoot = None, json_: Json = False) -> None:
     """List the corpora: language, protocols, where to get them, and what is found."""
-    from llm_emo import datasets as corpora
+    from llm_emo import inventory
     from llm_emo.experiment import data_root as resolve
 
     root = resolve(data_root)
     if root is not None and not root.is_dir():
         raise RunError(f"--data-root: {root} is no folder")
-    inventory = corpora.inventory(root)
-    _print({"data_root": None if root is None else str(root), "datasets": inventory}, json_,
+    found = inventory.describe(root)
+    _print({"data_root": None if root is None else str(root), "datasets": found}, json_,
            "show_inventory")  # fmt: skip
 
 

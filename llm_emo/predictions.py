@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llm_emo import metrics
+from llm_emo import metrics, protocols
 from llm_emo.errors import JobFailed, PredictionsError, nearest
 from llm_emo.types import Outcome, Prediction, Split
 from llm_emo.validation import first_problem
@@ -141,8 +141,6 @@ def report(
         EmoError: No row has a gold label.
         PredictionsError: A uid has no entry in `groups`.
     """
-    from llm_emo import protocols
-
     protocol = protocols.get(header.protocol)
     rows = [(p, p.gold) for p in predictions if p.gold is not None]
     if groups is not None:

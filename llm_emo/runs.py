@@ -57,10 +57,6 @@ class Run:
         """The training log, JSON lines."""
         return self.folder / "log.jsonl"
 
-    def predictions(self, split: Split) -> Path:
-        """Where the predictions of a split lie."""
-        return predictions_path(self.folder, split)
-
     @property
     def recipe(self) -> Recipe:
         """The recipe with the overrides that it was run with."""

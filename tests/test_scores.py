@@ -39,6 +39,6 @@ def test_a_recipe_reaches_its_score_on_all_test_rows(
     workflow.train(job, run, resume=False)
     labelling.predict(experiment, run, "test", run.folder)
 
-    report = predictions.report(*predictions.read(run.predictions("test")))
+    report = predictions.report(*predictions.read(runs.predictions_path(run.folder, "test")))
     assert report["n"] == rows
     assert {metric: report[metric] for metric in floor if report[metric] < floor[metric]} == {}

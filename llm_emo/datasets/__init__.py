@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_emo.datasets.base import ALL, Corpus, Layout
 from llm_emo.errors import DatasetError, nearest
@@ -22,7 +22,7 @@ from llm_emo.types import Split, Utterance
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-HELPERS = frozenset({"base", "hub", "mmsa", "overview", "table"})
+HELPERS = frozenset({"base", "hub", "mmsa", "table"})
 
 
 @functools.cache
@@ -108,20 +108,6 @@ def file_hashes(name: str, root: Path | None) -> dict[str, str]:
     layout, base = _locate(get(name), root)
     paths = layout.paths(base, layout.parts(base))
     return {path.relative_to(base).as_posix(): sha256_of(path) for path in paths}
-
-
-def inventory(root: Path | None) -> list[dict[str, Any]]:
-    """Return a JSON-able description of every corpus and of what lies under `root`.
-
-    Fetches nothing. See `overview.describe` for the keys.
-    """
-    from llm_emo import protocols
-    from llm_emo.datasets.overview import describe
-
-    return [
-        describe(get(name), root, [protocol.name for protocol in protocols.of(name)])
-        for name in names()
-    ]
 
 
 def _locate(corpus: Corpus, root: Path | None) -> tuple[Layout, Path]:

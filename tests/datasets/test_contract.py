@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_emo import datasets, protocols
+from llm_emo import datasets, inventory, protocols
 from llm_emo.datasets.base import ALL, Corpus
 from llm_emo.datasets.table import FEATURES, to_dataset
 from llm_emo.errors import DatasetError, EmoError, ProtocolError
@@ -267,13 +267,16 @@ def test_unknown_label_is_an_error_that_names_the_row(corpus, rows):
 
 
 def test_inventory_counts_what_load_gives(corpus, parts):
-    entry = next(e for e in datasets.inventory(FIXTURES) if e["name"] == corpus.name)
+    entry = next(e for e in inventory.describe(FIXTURES) if e["name"] == corpus.name)
     assert entry["error"] is None
     assert json.loads(json.dumps(entry)) == entry
     assert {part: info["utterances"] for part, info in entry["splits"].items()} == {
         part: len(rows) for part, rows in parts.items()
     }
-    assert entry["protocols"] == [protocol.name for protocol in protocols.of(corpus.name)]
+    own = protocols.of(corpus.name)
+    assert list(entry["protocols"]) == [protocol.name for protocol in own]
+    for protocol, told in zip(own, entry["protocols"].values(), strict=True):
+        assert (told["test_rows"], told["used_by"]) == (protocol.n_test, protocol.used_by)
 
 
 def test_unknown_corpus_names_the_nearest():
@@ -283,6 +286,6 @@ def test_unknown_corpus_names_the_nearest():
 
 def test_inventory_of_nothing_says_how_to_get_each(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "cache"))
-    for entry in datasets.inventory(tmp_path):
+    for entry in inventory.describe(tmp_path):
         assert entry["splits"] == {}
         assert entry["how_to_get"] in entry["error"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_emo import datasets, gold, protocols
+from llm_emo import datasets, gold, inventory, protocols
 from llm_emo.datasets import vader
 from llm_emo.errors import DatasetError, JobFailed, ProtocolError
 from llm_emo.types import SPLITS
@@ -323,7 +323,7 @@ def test_vader_splits_part_no_document_and_no_repeated_text(rated, tmp_path):
 
 
 def test_inventory_lists_the_counts(shared_data):
-    entries = {entry["name"]: entry for entry in datasets.inventory(shared_data)}
+    entries = {entry["name"]: entry for entry in inventory.describe(shared_data)}
     for name, sizes in UTTERANCES.items():
         found = entries[name]["splits"]
         expected = {s: n for s, n in zip(SPLITS, sizes, strict=True) if n is not None}

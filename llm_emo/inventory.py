@@ -1,21 +1,27 @@
 """What is there: every corpus, its protocols, and the splits found under a data root."""
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llm_emo import datasets, protocols
 from llm_emo.datasets.base import Corpus, Layout
 from llm_emo.errors import EmoError
 from llm_emo.types import Utterance
 
 
-def describe(corpus: Corpus, root: Path | None, protocols: Iterable[str]) -> dict[str, Any]:
-    """Return a JSON-able description of a corpus and of what lies under `root`.
+def describe(root: Path | None) -> list[dict[str, Any]]:
+    """Return a JSON-able description of every corpus and of what lies under `root`.
 
-    `splits` counts the layout that `load` takes; `other_layouts` the same corpus in further
-    forms beside it. `error` is the message of a file that is absent or broken, else None.
+    Fetches nothing. `protocols` has the default one first, with its classes, metrics, published
+    test rows and who uses it. `splits` counts the layout that `datasets.load` takes;
+    `other_layouts` the same corpus in further forms beside it. `error` is the message of a file
+    that is absent or broken, else None.
     """
+    return [_describe(datasets.get(name), root) for name in datasets.names()]
+
+
+def _describe(corpus: Corpus, root: Path | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": corpus.name,
         "title": corpus.title,
@@ -24,7 +30,15 @@ def describe(corpus: Corpus, root: Path | None, protocols: Iterable[str]) -> dic
         "homepage": corpus.homepage,
         "annotation": corpus.annotation,
         "audio": corpus.audio,
-        "protocols": list(protocols),
+        "protocols": {
+            protocol.name: {
+                "labels": list(protocol.labels),
+                "metrics": list(protocol.metrics),
+                "test_rows": protocol.n_test,
+                "used_by": protocol.used_by,
+            }
+            for protocol in protocols.of(corpus.name)
+        },
         "how_to_get": corpus.how_to_get,
         "hub": corpus.hub.example if corpus.hub else None,
         "layout": None,
