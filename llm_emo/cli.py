@@ -53,6 +53,11 @@ Out = Annotated[
 Mode = Annotated[
     str | None, typer.Option(help="score or generate, instead of the recipe's own mode.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", show_default=False,
+                 help="An adapter folder from elsewhere, for a zero-shot recipe's model."),
+]  # fmt: skip
 
 
 def _version(wanted: bool) -> None:
@@ -230,6 +235,7 @@ def predict(
     source: RunOrRecipe,
     split: SplitName = "test",
     mode: Mode = None,
+    adapter: Adapter = None,
     output: Out = None,
     data_root: DataRoot = None,
     set_: Set = None,
@@ -237,7 +243,7 @@ def predict(
 ) -> None:
     """Write `<split>.predictions.jsonl`; interrupted, it continues where it stopped."""
     _quiet()
-    path, _ = _predicted(source, split, mode, output, data_root, set_)
+    path, _ = _predicted(source, split, mode, adapter, output, data_root, set_)
     if _first_process():
         _print({"predictions": str(path)}, json_, "show_path")
 
@@ -254,6 +260,7 @@ def evaluate(
     ],
     split: SplitName = "test",
     mode: Mode = None,
+    adapter: Adapter = None,
     output: Out = None,
     data_root: DataRoot = None,
     set_: Set = None,
@@ -268,13 +275,15 @@ def evaluate(
 
     groups = None
     if source.endswith(".jsonl"):
-        if set_ or mode or output:
-            raise RunError("a predictions file is reported as it is; leave out --set, --mode, -o")
+        if set_ or mode or output or adapter:
+            raise RunError(
+                "a predictions file is reported as it is; leave out --set, --mode, --adapter, -o"
+            )
         path = Path(source)
         header, rows = predictions.read(path)
     else:
         _quiet()
-        path, experiment = _predicted(source, split, mode, output, data_root, set_)
+        path, experiment = _predicted(source, split, mode, adapter, output, data_root, set_)
         header, rows = predictions.read(path)
         groups = experiment.clusters
         if not _first_process():
@@ -392,6 +401,7 @@ def _predicted(
     source: str,
     split: str,
     mode: str | None,
+    adapter: Path | None,
     output: Path | None,
     root: Path | None,
     overrides: list[str] | None,
@@ -399,8 +409,9 @@ def _predicted(
     from llm_emo import opening
 
     return opening.predicted(
-        source, _split(split), mode=mode, output=output, root=root, overrides=overrides or []
-    )
+        source, _split(split), mode=mode, adapter=adapter, output=output, root=root,
+        overrides=overrides or [],
+    )  # fmt: skip
 
 
 def _quiet() -> None:

@@ -103,8 +103,18 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labeller:
-    """Load the recipe's model, wrapped by its method; with a run, its adapter too.
+@dataclass(frozen=True)
+class Foreign:
+    """An adapter folder in PEFT's layout that no run of this program vouches for."""
+
+    folder: Path
+
+
+def open_labeller(experiment: Experiment, trained: runs.Run | Foreign | None = None) -> Labeller:
+    """Load the recipe's model, wrapped by its method; with what was trained, its adapter too.
+
+    A foreign adapter comes without a fingerprint, or with that of the run it was exported from,
+    which is then held to.
 
     Raises:
         ModelError: the model cannot be used.
@@ -113,8 +123,8 @@ def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labell
     """
     recipe = experiment.recipe
     processes()  # before any weight is placed: it chooses each process's device
-    if run is not None:
-        run.require_finished()
+    if isinstance(trained, runs.Run):
+        trained.require_finished()
     set_seed(recipe.seed)
     base = auto.load(recipe.model, recipe.method)
     encoder = Encoder(base.tokenizer, recipe.prompt.max_length)
@@ -125,13 +135,25 @@ def open_labeller(experiment: Experiment, run: runs.Run | None = None) -> Labell
     model = methods.adapt(base.model, recipe.method, prefix_ids=prefix_ids)
     verify(model)
     labeller = Labeller(experiment, base, model, encoder)
-    if run is not None:
-        methods.check_fingerprint(run.adapter, labeller.fingerprint())
-        methods.load_adapter(model, run.adapter)
+    match trained:
+        case runs.Run():
+            methods.check_fingerprint(trained.adapter, labeller.fingerprint())
+            methods.load_adapter(model, trained.adapter)
+        case Foreign(folder):
+            if (folder / methods.FINGERPRINT).exists():
+                methods.check_fingerprint(folder, labeller.fingerprint())
+            else:
+                say(
+                    f"{folder}: no {methods.FINGERPRINT}; that it belongs to this base model and "
+                    "prompt is taken on your word"
+                )
+            methods.load_adapter(model, folder)
     return labeller
 
 
-def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: Path) -> Path:
+def predict(
+    experiment: Experiment, trained: runs.Run | Foreign | None, split: Split, folder: Path
+) -> Path:
     """Predict a split into `folder`, continuing what an earlier job left; return the file.
 
     What is predicted already needs no model. Every process of an `accelerate launch` calls this
@@ -142,9 +164,9 @@ def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: 
     """
     examples = experiment.examples(split)
     path = runs.predictions_path(folder, split)
-    if run is not None:
-        run.require_finished()
-    expected = header(experiment, run, split)
+    if isinstance(trained, runs.Run):
+        trained.require_finished()
+    expected = header(experiment, trained, split)
     if path.exists():
         found, rows = read(path)
         # Finished predictions stay what they are when a package is upgraded.
@@ -160,7 +182,7 @@ def predict(experiment: Experiment, run: runs.Run | None, split: Split, folder: 
                 "away, or choose another folder with -o"
             )
         return path
-    labeller = open_labeller(experiment, run)
+    labeller = open_labeller(experiment, trained)
     state = processes()
     say(f"{labeller.base.name} in {labeller.base.dtype} on {labeller.base.model.device}")
     with contextlib.ExitStack() as stack:
@@ -215,8 +237,8 @@ def _shared(
         yield gather_object(chunk) if world > 1 else chunk
 
 
-def header(experiment: Experiment, run: runs.Run | None, split: Split) -> Header:
-    """Return what predictions of this split by this run, or by no run, are made under."""
+def header(experiment: Experiment, trained: runs.Run | Foreign | None, split: Split) -> Header:
+    """Return what predictions of this split by this run, adapter or bare model are made under."""
     recipe, prompt = experiment.recipe, experiment.prompt
     return Header(
         protocol=experiment.protocol.name,
@@ -224,10 +246,10 @@ def header(experiment: Experiment, run: runs.Run | None, split: Split) -> Header
         split=split,
         labels=experiment.labels.names,
         files=experiment.files,
-        run=None if run is None else run.id,
+        run=trained.id if isinstance(trained, runs.Run) else None,
         model=recipe.model.name,
         revision=recipe.model.revision,
-        adapter=None if run is None else _adapter_sum(run),
+        adapter=None if trained is None else _adapter_sum(trained),
         versions=runs.versions(),
         mode=recipe.inference.mode,
         prompt=f"{prompt.name}@{_sha256(prompt.verbatim)[:12]}",
@@ -235,9 +257,10 @@ def header(experiment: Experiment, run: runs.Run | None, split: Split) -> Header
     )
 
 
-def _adapter_sum(run: runs.Run) -> str:
-    weights = run.adapter / "adapter_model.safetensors"
-    return sha256_of(weights if weights.exists() else run.adapter / "model.safetensors")
+def _adapter_sum(trained: runs.Run | Foreign) -> str:
+    folder = trained.adapter if isinstance(trained, runs.Run) else trained.folder
+    weights = folder / "adapter_model.safetensors"
+    return sha256_of(weights if weights.exists() else folder / "model.safetensors")
 
 
 def _settings(recipe: recipes.Recipe) -> str:

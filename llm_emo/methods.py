@@ -306,14 +306,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
+FINGERPRINT = "fingerprint.json"
+
+
 def write_fingerprint(folder: Path, fingerprint: dict[str, str]) -> None:
     """Write beside an adapter what it belongs to."""
-    (folder / "fingerprint.json").write_text(json.dumps(fingerprint, indent=2) + "\n", "utf-8")
+    (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", "utf-8")
 
 
 def check_fingerprint(folder: Path, expected: dict[str, str]) -> None:
     """Refuse an adapter that was trained on another base, tokenizer, template or label set."""
-    path = folder / "fingerprint.json"
+    path = folder / FINGERPRINT
     if not path.exists():
         raise AdapterError(
             f"{path}: no such file; it is written by `llm-emo train`, and without "

@@ -49,20 +49,28 @@ def predicted(
     split: Split,
     *,
     mode: str | None,
+    adapter: Path | None,
     output: Path | None,
     root: Path | None,
     overrides: list[str],
 ) -> tuple[Path, Experiment]:
     """Predict a split of a run or of a zero-shot recipe, where that is not done yet.
 
+    With `adapter`, the zero-shot recipe's model wears it: an adapter from elsewhere.
+
     Returns:
         The predictions file, and the experiment that it belongs to.
 
     Raises:
         RunError: `source` is neither a run nor a recipe that needs no training.
+        AdapterError: the adapter cannot be read, or no recipe could state it.
     """
     changes = [*overrides, *([] if mode is None else [f"inference.mode={mode}"])]
     run = None
+    if adapter is not None and (Path(source).is_dir() or output is None):
+        raise RunError(
+            "--adapter: goes with a zero-shot recipe and -o FOLDER; a run has its own adapter"
+        )
     if runs.is_run(Path(source)):
         run = runs.Run(Path(source))
         experiment = from_run(run, changes, root)
@@ -80,4 +88,10 @@ def predicted(
     experiment.rows(split)  # an empty split is refused before torch is loaded
     from llm_emo import labelling
 
-    return labelling.predict(experiment, run, split, folder), experiment
+    if adapter is None:
+        return labelling.predict(experiment, run, split, folder), experiment
+    from llm_emo.models import adapters
+
+    recipe = experiment.recipe.model_copy(update={"method": adapters.method_of(adapter)})
+    experiment = dataclasses.replace(experiment, recipe=recipe)
+    return labelling.predict(experiment, labelling.Foreign(adapter), split, folder), experiment

@@ -12,7 +12,7 @@ from llm_emo import export, labelling, methods, opening, predictions, recipes, r
 from llm_emo.encoding import Encoder
 from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
-from llm_emo.models import adapters, auto, chatglm2, chatglm2_adapters
+from llm_emo.models import auto, chatglm2, chatglm2_adapters
 
 
 @pytest.fixture(scope="module")
@@ -302,18 +302,33 @@ def test_an_adapter_from_elsewhere_labels_rows_under_a_zero_shot_recipe(glm_fold
     exported(run, tmp_path / "foreign", "chatglm2")
     chatglm2_adapters.to_native(tmp_path / "foreign", tmp_path / "native", base=glm_folder)
 
-    keys = [f"model.name={glm_folder}", "model.dtype=float32"]
-    recipe = recipes.load("mastodon/zero_shot", keys)
-    recipe = recipe.model_copy(update={"method": adapters.method_of(tmp_path / "native")})
-    labeller = labelling.open_labeller(Experiment.prepare(recipe, program.FIXTURES))
-    methods.load_adapter(labeller.model, tmp_path / "native")
-    rows = list(labeller.predict(labeller.experiment.examples("test")))
+    told = program.call(
+        "predict", "mastodon/zero_shot", "--adapter", tmp_path / "native",
+        "-o", tmp_path / "theirs", *program.on(glm_folder, training=False),
+    ).ok()  # fmt: skip
+    assert "taken on your word" in told.err
+    head, rows = predictions.read(tmp_path / "theirs/test.predictions.jsonl")
+    assert head.run is None
+    assert head.adapter is not None
     table = {row.uid: row.probabilities for row in rows}
     program.call("predict", run, "-o", tmp_path / "own").ok()
     _, expected = predictions.read(tmp_path / "own/test.predictions.jsonl")
     assert len(expected) == len(table)
     for row in expected:
         assert table[row.uid] == pytest.approx(row.probabilities, abs=1e-5)
+
+
+def test_an_adapter_is_named_beside_a_zero_shot_recipe_and_an_output_folder_only(
+    glm_folder, tmp_path
+):
+    on = program.on(glm_folder, training=False)
+    for words in (["mastodon/zero_shot", *on], [tmp_path, "-o", tmp_path / "out"]):
+        told = program.call("predict", *words, "--adapter", tmp_path)
+        told.refused("--adapter", "zero-shot recipe", "-o FOLDER")
+    told = program.call(
+        "predict", "mastodon/zero_shot", "--adapter", tmp_path, "-o", tmp_path / "out", *on
+    )
+    told.refused("no adapter")
 
 
 @pytest.mark.parametrize("projection", [False, True])
