@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -32,7 +34,19 @@ def script(name):
 check = script("check")
 lengths = script("lengths")
 
-from gpu_check import exact, infer, machine, model, padded, parts, rows, table, train, turns  # noqa: E402
+from gpu_check import (  # noqa: E402
+    exact,
+    infer,
+    machine,
+    model,
+    padded,
+    parts,
+    rows,
+    table,
+    train,
+    turns,
+    versions,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -365,6 +379,101 @@ def test_other_errors_are_no_lack_of_memory():
     assert not turns.is_out_of_memory(ValueError("out of memory"))
 
 
+# --- the device -----------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as on a machine with a card of 80 GiB, with the real functions' signatures."""
+    properties = SimpleNamespace(
+        name="Card", major=9, minor=0, multi_processor_count=132, total_memory=80 * GIB
+    )
+    answers = {
+        "mem_get_info": (30 * GIB, 80 * GIB), "set_device": None, "synchronize": None,
+        "set_per_process_memory_fraction": None, "get_device_properties": properties,
+        "is_bf16_supported": True, "empty_cache": None, "reset_peak_memory_stats": None,
+        "max_memory_allocated": 3 * GIB, "max_memory_reserved": 4 * GIB,
+        "memory_allocated": GIB, "memory_reserved": 2 * GIB,
+    }  # fmt: skip
+    for name, value in answers.items():
+        fake = create_autospec(getattr(torch.cuda, name), return_value=value)
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return torch.device("cuda", 0)
+
+
+def test_the_cap_is_a_share_of_the_device_and_never_more_than_it(cuda, capsys):
+    assert machine.cap(cuda, 24) == {
+        "cap": 24 * GIB, "total": 80 * GIB, "free_at_start": 30 * GIB
+    }  # fmt: skip
+    torch.cuda.set_per_process_memory_fraction.assert_called_with(24 / 80, cuda)
+    assert capsys.readouterr().err == ""
+    assert machine.cap(cuda, 100)["cap"] == 80 * GIB
+    torch.cuda.set_per_process_memory_fraction.assert_called_with(1.0, cuda)
+    assert "only 30.0 are free" in capsys.readouterr().err
+
+
+def test_memory_is_read_from_the_allocator_of_the_device(cuda):
+    turns.forget_peak(cuda)
+    turns.synchronize(cuda)
+    assert turns.peak(cuda) == {"allocated": 3 * GIB, "reserved": 4 * GIB}
+    assert machine.outside_allocator(cuda) == (80 - 30 - 2) * GIB
+    assert machine.cap(CPU, 24) is turns.peak(CPU) is None
+
+
+def test_the_device_is_described_for_the_record(cuda):
+    facts = machine.facts(cuda)
+    assert (facts["name"], facts["capability"], facts["native_bfloat16"]) == ("Card", "9.0", True)
+    json.dumps(facts)
+    assert "Card, 80.0 GiB, capability 9.0" in table.text(
+        record_of(exact={"status": "failed"}) | {"machine": facts}
+    )
+
+
+def test_a_card_without_bfloat16_is_told_apart(cuda):
+    torch.cuda.is_bf16_supported.return_value = False
+    record = record_of(exact={"status": "failed"}) | {"machine": machine.facts(cuda)}
+    assert "no bfloat16 of its own" in table.text(record)
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "seen"),
+    [
+        ("cuda", {}, "0"),
+        ("cuda:2", {}, "2"),
+        ("cuda:1", {"CUDA_VISIBLE_DEVICES": "3, 5"}, "5"),
+        ("cuda", {"CUDA_VISIBLE_DEVICES": "GPU-8f"}, "GPU-8f"),
+        ("cpu", {"CUDA_VISIBLE_DEVICES": "3"}, ""),
+    ],
+)
+def test_a_process_sees_one_device(device, own, seen):
+    assert check.environment(device, own | {"HOME": "x"})["CUDA_VISIBLE_DEVICES"] == seen
+    assert check.environment(device, own | {"HOME": "x"})["HOME"] == "x"
+
+
+def test_without_bitsandbytes_nf4_is_not_available_and_bf16_is_measured(monkeypatch):
+    absent = create_autospec(quantised.config, side_effect=ImportError("no bitsandbytes"))
+    monkeypatch.setattr(quantised, "config", absent)
+    sent = []
+    given = check.arguments(["--device", "cpu", "--tiny", "--corpora", "friends"])
+    given.child = "lora/bf16,lora/nf4,answers/nf4"
+    assert check.child(given, sent.append) == 1
+    results = {sent_["part"]: sent_["result"] for sent_ in sent if "result" in sent_}
+    assert results["lora/bf16"]["status"] == "measured"
+    assert results["lora/nf4"] == {"status": "not available", "reason": "no bitsandbytes"}
+    assert "answers/nf4" not in results  # for the next process
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_part_runs_on_a_gpu(tmp_path):
+    file = tmp_path / "gpu.json"
+    assert check.main(["--tiny", "--json", str(file)]) == 0
+    record = json.loads(file.read_text("utf-8"))
+    trie = record["parts"]["lora/nf4"]["corpora"]["friends"]["sides"]["trie"]
+    assert trie["peak_memory"]["allocated"] > 0
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -373,7 +482,7 @@ def record_of(**parts_):
     return {
         "settings": {**vars(given), "parts": tuple(parts_)},
         "machine": {"name": "chip"},
-        "versions": dict.fromkeys((*machine.PACKAGES, "git"), "1"),
+        "versions": dict.fromkeys((*versions.PACKAGES, "git"), "1"),
         "started": "today",
         "parts": parts_,
     }
@@ -449,7 +558,7 @@ def test_the_table_tells_what_failed_and_what_did_not_fit():
     assert "exact: failed: RuntimeError: broken" in text
     assert "out of memory" in text
     line = next(line for line in text.splitlines() if line.startswith("    trie"))
-    assert line.split() == ["trie", "3.00", "2.00", "4.00", "300", "3.00", "2"]
+    assert line.split() == ["trie", "3.00", "2.00", "4.00", "300", "3.00", "4.00", "2"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,23 +205,28 @@ def child(given: argparse.Namespace, emit: Callable[[dict[str, Any]], None]) -> 
     return 0
 
 
+def environment(device: str, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process that sees this device only, and no network.
+
+    Shown several devices, transformers would spread training over all of them.
+    """
+    hidden = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        return {**own, **hidden, "CUDA_VISIBLE_DEVICES": ""}
+    index = int(device.partition(":")[2] or 0)
+    names = [name.strip() for name in own.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = names[index] if names[0] else str(index)
+    return {**own, **hidden, "CUDA_VISIBLE_DEVICES": name}
+
+
 def run_child(
     argv: Sequence[str], parts: Sequence[str], given: argparse.Namespace,
     take: Callable[[dict[str, Any]], None],
 ) -> str | None:  # fmt: skip
     """Run parts in one process, passing on what it emits; return how it ended, if badly."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if given.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        # One device only: with several, transformers would spread training over all of them.
-        index = int(given.device.partition(":")[2] or 0)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = [name.strip() for name in visible.split(",")] if visible else []
-        environment["CUDA_VISIBLE_DEVICES"] = names[index] if names else str(index)
     process = subprocess.Popen(
         [sys.executable, str(HERE / "check.py"), *argv, "--child", ",".join(parts)],
-        stdout=subprocess.PIPE, text=True, env=environment,
+        stdout=subprocess.PIPE, text=True, env=environment(given.device, os.environ),
     )  # fmt: skip
     late = threading.Event()
 
@@ -308,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def checked(argv: Sequence[str], given: argparse.Namespace) -> int:
     """Run the parts, write the record, print the table; return the exit code."""
-    from gpu_check import machine, table
+    from gpu_check import table, versions
 
     from llm_emo.errors import EmoError
     from llm_emo.runs import write_json
@@ -317,7 +322,7 @@ def checked(argv: Sequence[str], given: argparse.Namespace) -> int:
         "command": shlex.join(["scripts/gpu/check.py", *argv]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": None,
-        "versions": machine.versions(),
+        "versions": versions.versions(),
         "machine": None,
         "settings": {
             name: value if not isinstance(value, Path) else str(value)

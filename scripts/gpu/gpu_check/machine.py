@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from gpu_check.turns import say
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "numpy")
 
 
 def cap(device: torch.device, gib: float) -> dict[str, int] | None:
@@ -65,18 +63,6 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions of what the figures depend on; None where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    found["git"] = _git()
-    return found
-
-
 def _driver() -> str | None:
     """Return the versions of the drivers that nvidia-smi sees, if it is there."""
     if shutil.which("nvidia-smi") is None:
@@ -98,15 +84,3 @@ def _cpu() -> str:
         if found:
             return found[1]
     return platform.processor() or platform.machine()
-
-
-def _git() -> str | None:
-    """Return the commit of this checkout, with a mark where files differ from it."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"],
-            capture_output=True, text=True, timeout=20, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

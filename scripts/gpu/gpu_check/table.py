@@ -79,6 +79,8 @@ def _part(part: str, result: Mapping[str, Any] | None) -> Iterator[str]:
         losses = measured.get("first_losses", {})
         if "relative_difference" in losses:
             yield f"  first losses differ by {losses['relative_difference']:.1e}, relative"
+        elif losses:
+            yield f"  first losses: {losses['status']}: {losses['message']}"
 
 
 def _checks(result: Mapping[str, Any]) -> Iterator[str]:
@@ -94,18 +96,21 @@ def _checks(result: Mapping[str, Any]) -> Iterator[str]:
 def _sides(title: str, measured: Mapping[str, Any]) -> Iterator[str]:
     title = f"{title}, {measured['batch']} rows"
     yield (
-        f"  {title:45}{'examples/s':>11}{'min':>9}{'max':>9}{'tokens':>9}{'peak GiB':>10}"
-        f"{'rows a pass':>13}"
+        f"  {title:50}{'examples/s':>11}{'min':>9}{'max':>9}{'tokens':>9}{'peak GiB':>10}"
+        f"{'held GiB':>10}{'rows a pass':>13}"
     )
     for name, side in measured["sides"].items():
         if side["status"] != "measured":
-            yield f"    {name:43}{side['status']}, one row a pass"
+            yield f"    {name:48}{side['status']}, one row a pass"
             continue
-        rate, memory = side["examples_per_second"], side["peak_memory"]
-        peak = f"{memory['allocated'] / GIB:10.2f}" if memory else f"{'-':>10}"
+        rate, memory = side["examples_per_second"], side["peak_memory"] or {}
+        shown = [
+            f"{memory[key] / GIB:10.2f}" if key in memory else f"{'-':>10}"
+            for key in ("allocated", "reserved")
+        ]
         yield (
-            f"    {name:43}{rate['median']:11.2f}{rate['min']:9.2f}{rate['max']:9.2f}"
-            f"{side['tokens_per_step']:9.0f}{peak}{side['micro_batch']:13}"
+            f"    {name:48}{rate['median']:11.2f}{rate['min']:9.2f}{rate['max']:9.2f}"
+            f"{side['tokens_per_step']:9.0f}{''.join(shown)}{side['micro_batch']:13}"
         )
     first = next(iter(measured["sides"]))
     for name, ratio in measured["ratios"].items():
