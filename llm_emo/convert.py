@@ -141,11 +141,6 @@ class _Checkpoint:
 
 def _open_original(folder: Path) -> _Checkpoint:
     config = _config(folder)
-    if config.get("model_type") == "glm" and (folder / MANIFEST).is_file():
-        raise ModelError(
-            f"{folder}: is in transformers' layout already; --to chatglm2 gives the original's "
-            "names back"
-        )
     layout = Layout.from_original(config, folder)
     found = _open(folder, config, layout, chatglm2.shapes(layout))
     if chatglm2.INV_FREQ in found.where:

@@ -455,6 +455,8 @@ def test_what_is_converted_already_is_not_converted_again(write, tmp_path):
     source = write()
     convert(source, tmp_path / "native")
     refused(tmp_path / "native", tmp_path / "out", "already", "--to chatglm2")
+    (tmp_path / "native" / "manifest.json").unlink()  # as where transformers saved it
+    refused(tmp_path / "native", tmp_path / "out", "already", "--to chatglm2")
     refused(source, tmp_path / "out", "already", to="chatglm2")
 
 

@@ -76,6 +76,8 @@ def another_model(config: Mapping[str, Any], folder: Path) -> str | None:
         )
     ):
         return "GLM-4 (by its vocabulary), which transformers opens by itself in its -hf form"
+    if kind == "glm":
+        return "in transformers' own layout already (--to chatglm2 gives the original's names back)"
     if kind != "chatglm":
         return f"no ChatGLM2 checkpoint (model_type {kind!r}, expected 'chatglm')"
     if mark := _third_generation(config, folder):

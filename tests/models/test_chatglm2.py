@@ -157,6 +157,7 @@ CHATGLM3 = {
         ({"model_type": "glm4", "vocab_size": 151552}, ("GLM-4",)),
         (CHATGLM3, ("ChatGLM3", "seq_length 8192", "role tokens")),
         ({"_name_or_path": "THUDM/chatglm3-6b-base"}, ("ChatGLM3", "THUDM/chatglm3-6b-base")),
+        ({"model_type": "glm"} | GLM4, ("GLM-4",)),
         ({"model_type": "llama"}, ("no ChatGLM2 checkpoint", "'llama'")),
         ({"model_type": None}, ("no ChatGLM2 checkpoint",)),
     ],
