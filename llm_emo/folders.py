@@ -1,6 +1,7 @@
 """A folder that appears under its name when it is complete, or not at all."""
 
 import contextlib
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,9 @@ def _disk(output: Path) -> Iterator[None]:
 
         if error.errno not in DISK:
             raise
-        place = error.filename or output
+        # A copy that finds no room names the file that it reads; only rights are that file's own.
+        own = error.errno in (errno.EACCES, errno.EPERM, errno.EIO)
+        place = (error.filename if own else None) or output
         raise JobFailed(f"{place}: {error.strerror}; {then}") from error
     except Exception as error:
         if "(os error" not in str(error):  # what Rust's libraries raise has no class of its own

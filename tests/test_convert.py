@@ -526,11 +526,11 @@ def test_a_disk_that_fails_midway_leaves_nothing(write, tmp_path, monkeypatch, n
 
     def failing(path, *rest):
         if "00002" in path.name:
-            raise OSError(number, os.strerror(number))
+            raise OSError(number, os.strerror(number), "a file that is read")  # as a copy says it
         return real(path, *rest)
 
     monkeypatch.setattr(weights, "write", failing)
-    refused(source, tmp_path / "native", os.strerror(number), error=JobFailed)
+    refused(source, tmp_path / "native", f"native: {os.strerror(number)}", error=JobFailed)
     monkeypatch.undo()
     convert(source, tmp_path / "native")
 
