@@ -143,10 +143,16 @@ def _open_original(folder: Path) -> _Checkpoint:
     config = _config(folder)
     layout = Layout.from_original(config, folder)
     found = _open(folder, config, layout, chatglm2.shapes(layout))
-    if chatglm2.INV_FREQ in found.where:
-        exact = chatglm2.inverse_frequencies(dataclasses.replace(layout, dtype="float32"))
-        chatglm2_checks.check_frequencies(_frequencies(found), exact, folder)
-    return found
+    if chatglm2.INV_FREQ not in found.where:
+        return found
+    exact = chatglm2.inverse_frequencies(dataclasses.replace(layout, dtype="float32"))
+    if chatglm2_checks.same_frequencies(_frequencies(found), exact):
+        return found
+    note = (
+        f"{chatglm2.INV_FREQ} is not that of rotary base 10000; the original's code does not read "
+        "it, but if this model was trained with another base, it computes something else here"
+    )
+    return dataclasses.replace(found, notes=[*found.notes, note])
 
 
 def _open_native(folder: Path) -> _Checkpoint:
