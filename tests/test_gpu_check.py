@@ -591,6 +591,15 @@ def test_without_cuda_it_says_so_in_one_message_and_exits_with_2(capsys):
     assert "--device cpu --tiny" in err
 
 
+def test_a_missing_corpus_is_told_before_anything_runs(tmp_path, capsys):
+    argv = ["--device", "cpu", "--tiny", "--data-root", str(tmp_path)]
+    assert check.main([*argv, "--tokenizer", str(tmp_path / "tokenizer.model")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: friends: no file ")
+    assert err.count("\n") == 1
+
+
 def test_parts_and_corpora_are_called_alike_everywhere():
     assert check.PARTS == parts.PARTS
     assert check.CORPORA == rows.CORPORA

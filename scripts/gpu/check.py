@@ -337,7 +337,15 @@ def checked(argv: Sequence[str], given: argparse.Namespace) -> int:
             write_json(given.json, record)
 
     try:
-        save()  # a file that cannot be written is better known now
+        save()  # a file that cannot be written is better known now, and so is a missing corpus
+        if given.data_root is not None:
+            from gpu_check import rows
+
+            for corpus in given.corpora:
+                rows.draw(
+                    corpus, given.batch * given.rounds * given.steps, seed=given.seed,
+                    root=given.data_root, tokenizer=given.tokenizer,
+                )  # fmt: skip
         run_parts(argv, given, record, save)
         record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         save()
