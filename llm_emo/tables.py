@@ -127,3 +127,110 @@ def show_quickstart(result: dict[str, Any]) -> None:
 def show_path(result: dict[str, Any]) -> None:
     """Print the path of what was written, which is the result's first value."""
     print(next(iter(result.values())))  # noqa: T201
+
+
+_PARTS = {
+    "weights": "base model",
+    "adapter": "adapter",
+    "optimizer": "optimiser (AdamW)",
+    "activations": "activations kept for the backward pass",
+    "logits": "logits, their softmax and gradient",
+    "work": "gradients and work space",
+    "allowance": "beside tensors: driver, libraries, fragmentation",
+}
+_KEPT = {"none": "as it is", "nf4": "NF4", "int8": "int8"}
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"
+
+
+def show_plan(result: dict[str, Any]) -> None:
+    """Print what a recipe needs; the last line says what to do."""
+    console = _console()
+    console.print(
+        f"{escape(result['model'])} ({result['parameters']:,} parameters, {result['dtype']}), "
+        f"{result['method']} ({result['trainable_parameters']:,} learn), on {result['place']}"
+    )
+    memory = result["memory"]
+    table = Table(f"memory at the peak (in {memory['stage']})", "")
+    for key, name in _PARTS.items():
+        table.add_row(name, _size(memory[key]))
+    table.add_row("in all", f"{_size(memory['needed'])} of {_size(result['capacity'])}")
+    console.print(table)
+    _show_run(console, result)
+    _show_choices(console, result)
+    if "measured" in result:
+        found = result["measured"]
+        pairs = (
+            f"{name} {_size(found[key]['predicted'])} predicted, {_size(found[key]['measured'])} "
+            "measured"
+            for key, name in (("saved", "kept for the backward pass"), ("peak", "at the peak"))
+        )
+        console.print(f"one step of {found['rows']} rows on {found['device']}: {'; '.join(pairs)}")
+    for note in result["notes"]:
+        console.print(f"note: {escape(note)}")
+    console.print(f"assumed: {result['attention']}")
+    console.print(f"[bold]{escape(result['verdict'])}[/bold]")
+
+
+def _show_run(console: Console, result: dict[str, Any]) -> None:
+    training, evaluation, disk = result["training"], result["evaluation"], result["disk"]
+    if training is not None:
+        saved = training["tokens_saved"] / training["tokens"]
+        console.print(
+            f"training: {training['rows']:,} rows, {training['epochs']} epochs, "
+            f"{training['steps']:,} steps of {training['batch_size']}; {training['tokens']:,} "
+            f"tokens, {saved:.0%} of them saved by the trie; the largest of "
+            f"{training['micro_batches']:,} micro-batches, {training['largest']:,} tokens, was "
+            "planned with"
+        )
+    console.print(
+        f"evaluation: {evaluation['rows']:,} {evaluation['split']} rows, {evaluation['times']} "
+        f"times in {evaluation['passes']:,} passes ({evaluation['mode']})"
+    )
+    if training is not None:
+        console.print(
+            f"disk: checkpoints {_size(disk['checkpoints'])}, adapter {_size(disk['adapter'])}; "
+            f"merged into the base {_size(disk['merged'])}"
+        )
+    seconds = result["seconds"]
+    time = "unknown (another machine)"
+    if seconds is not None:
+        rate = seconds["products_per_second"] / 1e12
+        time = f"about {_duration(seconds['estimate'])} (an estimate, from {rate:.2g} TFLOP/s here)"
+    console.print(f"work: {result['operations']:.2g} floating-point operations; time: {time}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _show_choices(console: Console, result: dict[str, Any]) -> None:
+    sizes = sorted({choice["micro_batch_size"] for choice in result["choices"]})
+    trains = result["training"] is not None
+    heads = [f"micro-batch {size}" for size in sizes] if trains else ["evaluation"]
+    table = Table("base", *(["checkpointing"] if trains else []), *heads)
+    rows: dict[tuple[str, bool], dict[int, str]] = {}
+    for choice in result["choices"]:
+        text = f"{choice['needed'] / 2**30:.1f} GiB"
+        if choice["fits"]:
+            text = f"[green]{text}[/green]"
+            if choice["relative_time"] > 1.005:
+                text += f", {choice['relative_time']:.1f}x"
+        else:
+            text = f"[red]{text} no[/red]"
+        if result["suggestion"] is not None and choice["set"] == result["suggestion"]["set"]:
+            text = f"[bold]{text} <=[/bold]"
+        key = (choice["quantization"], choice["gradient_checkpointing"])
+        rows.setdefault(key, {})[choice["micro_batch_size"]] = text
+    for (kept, checkpointing), cells in rows.items():
+        second = ["yes" if checkpointing else "no"] if trains else []
+        table.add_row(_KEPT[kept], *second, *(cells[size] for size in sizes))
+    console.print(table)
+    console.print("2.0x: takes twice as long as the choice marked <=, by a model of its work")
