@@ -18,16 +18,23 @@ def appearing(output: Path, need: int = 0) -> Iterator[Path]:
     """Yield a hidden folder beside `output` that becomes it at the end, or goes away.
 
     Args:
-        output: absent or empty.
+        output: absent or empty; a link stands for the folder that it names.
         need: the bytes that will be written; so much must be free.
 
     Raises:
-        RunError: another process is at it.
+        RunError: another process is at it, or no folder can appear under this name.
         JobFailed: there is no room, or the disk cannot be written.
     """
+    if output.is_symlink():  # a folder renamed to it would have to replace it
+        output = output.resolve()
+    if output.is_mount():  # known now, not when everything is written
+        raise RunError(f"{output}: is where a disk is mounted; name a new folder in it")
     hidden = output.with_name(f".{output.name}.partial")
     with _disk(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{output}: {output.parent} is no folder; choose another -o") from None
         lock = FileLock(output.with_name(f".{output.name}.lock"))
         try:
             lock.acquire(timeout=0)
