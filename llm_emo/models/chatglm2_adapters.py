@@ -1,6 +1,5 @@
 """ChatGLM2's adapters, from its original code's names to the native model's and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from llm_emo import runs
 from llm_emo.errors import AdapterError
 from llm_emo.fetch import sha256_of
 from llm_emo.folders import appearing
-from llm_emo.models import adapters, chatglm2_lora, chatglm2_prefix
+from llm_emo.models import adapters, chatglm2_lora, chatglm2_prefix, weights
 from llm_emo.models.chatglm2 import CHATGLM2_6B, PREFIX_ENCODER, Layout
 
 
@@ -167,15 +166,12 @@ def read_layout(folder: Path) -> Layout:
 
     Raises:
         AdapterError: there is no config.json.
-        ModelError: it is another model's.
+        ModelError: it is damaged, or another model's.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise AdapterError(f"{path}: no such file; name the folder of the base model")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: is no JSON: {error}") from error
+    config = weights.read_json(path)
     if config.get("model_type") == "glm":
         return Layout.from_native(config, folder)
     return Layout.from_original(config, folder)

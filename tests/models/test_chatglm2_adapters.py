@@ -755,6 +755,17 @@ def test_a_prefix_of_another_generation_is_named(key, value, piece, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "1"])
+def test_a_base_whose_config_is_no_json_object_is_refused(content, layout, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(content, "utf-8")
+    source = write_lora(tmp_path / "own", fused_tensors(layout))
+    refused(
+        lambda: chatglm2_adapters.to_native(source, tmp_path / "out", base=tmp_path / "base"),
+        str(tmp_path / "base/config.json"), kind=ModelError,
+    )  # fmt: skip
+
+
 def test_a_base_that_is_no_chatglm2_is_refused(layout, tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "llama")
     source = write_lora(tmp_path / "own", fused_tensors(layout))
