@@ -331,6 +331,27 @@ def test_an_adapter_is_named_beside_a_zero_shot_recipe_and_an_output_folder_only
     told.refused("no adapter")
 
 
+def test_an_adapter_from_elsewhere_that_cannot_be_read_is_refused_with_what_to_do(
+    glm_folder, tmp_path
+):
+    run = program.train(tmp_path / "run", glm_folder, "mastodon/lora", QKV)
+    exported(run, tmp_path / "original", "chatglm2")
+    exported(run, tmp_path / "pickled", "peft")
+    weights = tmp_path / "pickled" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    for name, pieces in (
+        ("original", ("query_key_value", "llm-emo convert")),
+        ("pickled", ("adapter_model.safetensors", "save it again")),
+    ):
+        told = program.call(
+            "predict", "mastodon/zero_shot", "--adapter", tmp_path / name,
+            "-o", tmp_path / "out", *program.on(glm_folder, training=False),
+        )  # fmt: skip
+        told.refused(str(tmp_path / name), *pieces)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_run_is_written_as_the_tuning_script_writes_one(projection, glm_folder, tmp_path):
     options = (

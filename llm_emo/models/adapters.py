@@ -353,6 +353,11 @@ def method_of(folder: Path) -> recipes.Lora | recipes.PTuningV2:
     match kind(folder):
         case "lora":
             adapter = read_lora(folder)
+            if "query_key_value" in adapter.targets:
+                raise AdapterError(
+                    f"{folder}: adapts query_key_value, as ChatGLM2's own code names it; "
+                    f"`llm-emo convert {folder} -o NEW` makes a native adapter of it"
+                )
             if adapter.layers is not None:
                 raise AdapterError(
                     f"{folder / CONFIG_FILE}: layers_to_transform is set; an adapter of some "
