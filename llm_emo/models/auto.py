@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from llm_emo import attention, recipes
 from llm_emo.errors import JobFailed, ModelError
-from llm_emo.models import bundled, quantised
+from llm_emo.models import bundled, quantised, weights
 
 # Of the config, what a user may change without changing the function that is computed.
 _VOLATILE = (
@@ -205,8 +205,13 @@ def _source(spec: recipes.Model) -> tuple[str, dict[str, Any]]:
                 raise ModelError(
                     f"model.name: {spec.name!r} is no folder with a config.json; name a local "
                     f"model folder, {recipes.BUNDLED_MODEL!r} (bundled), or a Hugging Face id "
-                    "with model.revision. ChatGLM2-6B: a folder with its weights in transformers' "
-                    "own GLM layout, --set model.name=FOLDER"
+                    "with model.revision. ChatGLM2-6B: `llm-emo convert CHECKPOINT -o FOLDER` "
+                    "once, then --set model.name=FOLDER"
+                )
+            if weights.read_json(folder / "config.json").get("model_type") == "chatglm":
+                raise ModelError(
+                    f"{folder}: is in the layout of the original's code, which is never run here; "
+                    f"`llm-emo convert {folder} -o FOLDER` once, then --set model.name=FOLDER"
                 )
             return str(folder), _revision(spec)
         case "hub":
@@ -233,7 +238,8 @@ class _explained:  # reads as a statement: `with _explained(spec)`
         if "trust_remote_code" in text or "custom code" in text:
             raise ModelError(
                 f"{name}: its checkpoint asks to run code that it ships, which is never done "
-                "here; take a model whose architecture transformers has itself"
+                "here; take a model whose architecture transformers has itself (ChatGLM2: "
+                "download it, and `llm-emo convert` makes one of it)"
             ) from error
         if self.spec.origin == "hub" and any(
             word in text.lower() for word in ("connect", "offline", "resolve", "network", "timed")

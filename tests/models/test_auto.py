@@ -1,5 +1,6 @@
 import json
 
+import chatglm2_files
 import pytest
 import tiny
 import torch
@@ -146,6 +147,15 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     with pytest.raises(ModelError):
         auto.load_tokenizer(spec(tmp_path))
+
+
+@pytest.mark.parametrize("load", [lambda at: auto.load(at, LORA), auto.load_tokenizer])
+def test_a_checkpoint_of_the_original_chatglm2_code_is_sent_to_convert(load, tmp_path):
+    folder = chatglm2_files.write_checkpoint(tmp_path / "original")
+    with pytest.raises(ModelError, match=f"llm-emo convert {folder} -o FOLDER"):
+        load(spec(folder))
+    with pytest.raises(ModelError, match="llm-emo convert CHECKPOINT"):
+        load(spec(tmp_path / "absent"))
 
 
 def test_a_hub_that_cannot_be_reached_fails_the_job_and_says_what_to_do(monkeypatch):
