@@ -207,7 +207,7 @@ class Layout:
             **{
                 key: float(value) if key.endswith("_dropout") else value
                 for key, (value, _) in SWITCHES.items()
-                if key not in ("quantization_embeddings", "rope_ratio")
+                if key not in ("interleaved_qkv", "quantization_embeddings", "rope_ratio")
             },
             "apply_query_key_layer_scaling": True,
             "attention_softmax_in_fp32": True,

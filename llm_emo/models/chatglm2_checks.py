@@ -24,6 +24,7 @@ SWITCHES: dict[str, tuple[Any, bool]] = {
     "attention_dropout": (0, True),
     "fp32_residual_connection": (False, True),
     "hidden_dropout": (0, True),
+    "interleaved_qkv": (False, True),  # of the first revision of the original's config class
     "multi_query_attention": (True, False),
     "original_rope": (True, False),
     "post_layer_norm": (True, True),

@@ -183,6 +183,7 @@ def test_a_tokenizer_with_roles_gives_chatglm3_away(tmp_path, name):
         ("attention_dropout", 0.1),
         ("fp32_residual_connection", True),
         ("hidden_dropout", 0.1),
+        ("interleaved_qkv", True),
         ("multi_query_attention", False),
         ("original_rope", False),
         ("post_layer_norm", False),
@@ -223,6 +224,7 @@ def test_what_a_program_of_the_time_adds_to_a_config_is_harmless(tmp_path):
         "classifier_dropout": None, "pre_seq_len": None, "prefix_projection": False,
         "quantization_bit": 0, "vocab_size": 512, "rope_ratio": 1, "bos_token_id": 1,
         "eos_token_id": None, "transformers_version": "4.30.2", "_name_or_path": "/home/me/model",
+        "interleaved_qkv": False,
     }  # fmt: skip
     config = chatglm2_files.config() | added
     assert Layout.from_original(config, tmp_path) == SMALL
