@@ -163,6 +163,11 @@ def _open_native(folder: Path) -> _Checkpoint:
             "transformers' layout"
         )
     layout = Layout.from_native(config, folder)
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{folder}: its weights are stored quantised, which the original's code cannot read; "
+            "name the unquantised model (`llm-emo export --merge-dtype float32`)"
+        )
     return _open(folder, config, layout, chatglm2.native_shapes(layout))
 
 

@@ -466,6 +466,14 @@ def test_what_is_converted_already_is_not_converted_again(write, tmp_path):
     refused(source, tmp_path / "out", "already", to="chatglm2")
 
 
+def test_quantised_weights_do_not_go_back(write, tmp_path):
+    convert(write(), tmp_path / "native")
+    path = tmp_path / "native" / "config.json"
+    config = json.loads(path.read_text("utf-8")) | {"quantization_config": {"load_in_4bit": True}}
+    path.write_text(json.dumps(config), "utf-8")
+    refused(tmp_path / "native", tmp_path / "out", "stored quantised", to="chatglm2")
+
+
 def test_the_command_line_says_one_thing_and_exits_with_2(write, tmp_path):
     source, output = write(shards=2), tmp_path / "native"
     found = json.loads(program.call("convert", source, "-o", output, "--json").ok().out)
