@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -302,7 +303,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own class, which it does not export
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
