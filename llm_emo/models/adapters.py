@@ -211,8 +211,11 @@ def read_lora(folder: Path) -> Lora:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"{where}: r is {rank!r}, expected a whole number above 0")
-    if not isinstance(alpha, int | float):
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
         raise AdapterError(f"{where}: lora_alpha is {alpha!r}, expected a number")
+    dropout = config.get("lora_dropout") or 0.0
+    if not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
+        raise AdapterError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to 1")
     path = weights_of(folder)
     pairs = _pairs(path, rank)
     _match_targets(where, config.get("target_modules"), path, pairs)
@@ -225,7 +228,7 @@ def read_lora(folder: Path) -> Lora:
     return Lora(
         rank=rank,
         scale=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank,
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=float(dropout),
         layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
         pairs=pairs,
         base=name if isinstance(name, str) and name else None,
@@ -287,7 +290,13 @@ def _pairs(path: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
 def _match_targets(where: Path, targets: Any, path: Path, pairs: Mapping[str, Any]) -> None:
     """Hold the layers in the weights against those that the config names."""
     if isinstance(targets, str):
-        matched = {layer: re.fullmatch(targets, layer) is not None for layer in pairs}
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise AdapterError(
+                f"{where}: target_modules is {targets!r}, no regular expression: {error}"
+            ) from error
+        matched = {layer: pattern.fullmatch(layer) is not None for layer in pairs}
         unused: list[str] = []
     elif isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
         ends = {

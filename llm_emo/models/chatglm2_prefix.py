@@ -26,6 +26,7 @@ from llm_emo.fetch import sha256_of
 from llm_emo.models import adapters
 from llm_emo.models.chatglm2 import PREFIX_ENCODER, Layout
 from llm_emo.models.prefix import PTuningV2Model
+from llm_emo.models.weights import names_in
 
 _NAMES = {
     "embedding.weight": "encoder.embedding.weight",
@@ -57,13 +58,14 @@ def weights_file(source: Path) -> Path | None:
     """Return the file that holds the original's prefix encoder; None where there is none.
 
     Raises:
-        AdapterError: an index is damaged, or parts the encoder.
+        AdapterError: an index parts the encoder.
+        ModelError: an index is damaged.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index, single = source / f"{name}.index.json", source / name
         if index.is_file():
             files = {
-                file for key, file in _weight_map(index).items() if key.startswith(PREFIX_ENCODER)
+                file for key, file in names_in(index).items() if key.startswith(PREFIX_ENCODER)
             }
             if len(files) > 1:
                 raise AdapterError(
@@ -74,15 +76,6 @@ def weights_file(source: Path) -> Path | None:
         elif single.is_file() and any(key.startswith(PREFIX_ENCODER) for key in _names_in(single)):
             return single
     return None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return {
-            str(k): str(v) for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{index}: is no index of weight files: {error!r}") from error
 
 
 def _names_in(path: Path) -> list[str]:

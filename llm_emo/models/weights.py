@@ -76,18 +76,18 @@ def names_in(index: Path) -> dict[str, str]:
     """Return the tensors that an index names, and the file of each.
 
     Raises:
-        ModelError: the file is no index.
+        ModelError: the file is no index, or leads out of its folder.
     """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ModelError(f"{index}: has no weight_map of tensors to files; {_AGAIN}")
+    if outside := [name for name in where.values() if Path(name).name != name]:
+        raise ModelError(f"{index}: names {outside[0]!r}, which is no file of its own folder")
     return where
 
 
 def _indexed(index: Path) -> list[Path]:
     names = sorted(set(names_in(index).values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index}: names {outside[0]!r}, which is no file of its own folder")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise ModelError(
             f"{index}: names {len(names)} files, of which {len(absent)} "

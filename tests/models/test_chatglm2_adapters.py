@@ -549,6 +549,9 @@ def refused(act, *pieces, kind=AdapterError):
         ({"target_modules": None}, ["target_modules is None"]),
         ({"layers_to_transform": [0]}, ["in 2 layers, numbers 0 to 1", "1, 0 to 0"]),
         ({"layers_pattern": "blocks"}, ["layers_pattern"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
+        ({"lora_dropout": "0.1"}, ["lora_dropout is '0.1'"]),
+        ({"target_modules": "*query"}, ["target_modules is '*query'", "no regular expression"]),
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_is_not_understood_is_refused(
@@ -728,6 +731,18 @@ def test_a_prefix_that_contradicts_its_config_or_base_is_refused(base, layout, t
     refused(
         lambda: chatglm2_adapters.to_native(tmp_path / "odd", tmp_path / "out", base=base),
         "trans.0.bias", "trans.2.weight",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"%s": "../other.bin"}}', "{}", "{"])
+def test_an_index_that_is_damaged_or_leads_elsewhere_is_refused(content, base, layout, tmp_path):
+    write_prefix(tmp_path / "own", layout)
+    (tmp_path / "own/pytorch_model.bin").rename(tmp_path / "other.bin")
+    index = tmp_path / "own" / "pytorch_model.bin.index.json"
+    index.write_text(content.replace("%s", "transformer.prefix_encoder.embedding.weight"), "utf-8")
+    refused(
+        lambda: chatglm2_adapters.to_native(tmp_path / "own", tmp_path / "out", base=base),
+        str(index), kind=ModelError,
     )  # fmt: skip
 
 
