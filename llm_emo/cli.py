@@ -310,8 +310,9 @@ def export(
     ] = "peft",
     merge_dtype: Annotated[
         str,
-        typer.Option(help="With --format merged: auto (the base's own), float32, bfloat16, or "
-                     "nf4, which rounds the merged weights to 4 bits and says by how much."),
+        typer.Option(help="With --format merged: auto (what the run computes in), float32, "
+                     "bfloat16, or nf4, which rounds the merged weights to 4 bits and says by "
+                     "how much."),
     ] = "auto",
     data_root: DataRoot = None,
     set_: Set = None,
