@@ -8,7 +8,6 @@ Letters: N nodes of a trie, P prefix length.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from llm_emo.experiment import Experiment
 from llm_emo.inference import targets
 from llm_emo.models import auto, meta
 from llm_emo.models.ledger import Footprint
+from llm_emo.sizes import parse_memory as parse_memory
 from llm_emo.training import collate
 from llm_emo.trie import TokenTrie
 from llm_emo.workload import Batches, Passes, Workload
@@ -41,8 +41,9 @@ FRAGMENTATION = 0.05
 """Share by which torch's caching allocator on a GPU holds more than is alive. A guess on the safe
 side; it differs from run to run."""
 
-PROCESS = 700 * 2**20
-"""Bytes of a process with torch, transformers, peft and bitsandbytes loaded, on Linux."""
+PROCESS = 800 * 2**20
+"""Bytes of main memory that a training process holds beside tensors: 540 MiB after importing torch,
+transformers, peft and bitsandbytes, 830 after some steps of the bundled model, on Linux."""
 
 BALANCE = {"cuda": 100.0, "cpu": 10.0}
 """Operations that a device does in the time in which it reads one byte, as far as products reach.
@@ -56,28 +57,6 @@ FASTER = 0.97
 LEAST_TOKENS_PER_PASS = 256
 MICRO_BATCHES = 5
 """Sizes of micro-batches that are looked at: the batch, its halves, and one row."""
-
-_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes that `text` names.
-
-    >>> parse_memory("24GiB"), parse_memory("1.5 GB")
-    (25769803776, 1500000000)
-
-    Raises:
-        RunError: no positive number with a unit.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    unit = found and _UNITS.get(found[2].lower())
-    if not found or not unit or float(found[1]) == 0:
-        raise RunError(
-            f"--gpu-memory: found {text!r}, expected a number with its unit, such as 24GiB "
-            "(2^30 bytes each) or 24GB (10^9)"
-        )
-    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True)
@@ -142,10 +121,18 @@ class Choice:
     """Bytes of weights that pass through the processor in the whole run."""
 
     @property
+    def _in_training(self) -> float:
+        return 0 if self.training is None else max(self.training.peak, self.stepping)
+
+    @property
+    def evaluation_is_highest(self) -> bool:
+        """Whether evaluating needs more than training."""
+        return self.evaluation.peak > self._in_training
+
+    @property
     def peak(self) -> float:
         """The most bytes that tensors take."""
-        training = 0 if self.training is None else max(self.training.peak, self.stepping)
-        return self.fixed + max(training, self.evaluation.peak)
+        return self.fixed + max(self._in_training, self.evaluation.peak)
 
     @property
     def needed(self) -> float:
@@ -204,14 +191,16 @@ class Planner:
 
     # --- footprints ---------------------------------------------------------------------------
 
-    def training(self, quantization: str, checkpointing: bool, micro: int) -> Footprint:
+    def training(
+        self, quantization: str, checkpointing: bool, micro: int, tokens_per_pass: int
+    ) -> Footprint:
         """Return the footprint of the largest micro-batch, or one that is known to be larger.
 
         Micro-batches that stay below the evaluation's footprint change nothing, and then nor do
         smaller ones.
         """
         assert self.recipe.train is not None
-        evaluation = self.evaluation(quantization, self.recipe.inference.tokens_per_pass)
+        evaluation = self.evaluation(quantization, tokens_per_pass)
         for larger in self.micro_batch_sizes:
             known = self._trained.get((quantization, checkpointing, larger))
             if larger >= micro and known and (larger == micro or known.peak <= evaluation.peak):
@@ -307,7 +296,7 @@ class Planner:
         training, operations, streams = None, 0.0, 0.0
         evaluation = self.evaluation(quantization, tokens_per_pass)
         if self.recipe.train is not None:
-            training = self.training(quantization, checkpointing, micro)
+            training = self.training(quantization, checkpointing, micro, tokens_per_pass)
             operations = self.training_operations(checkpointing, micro)
             # Forward, backward, and forward once more where layers are recomputed.
             streams = len(self.batches(micro).rows) * (3.0 if checkpointing else 2.0)
@@ -372,11 +361,10 @@ class Planner:
         for quantization, checkpointing, micro in bar:
             tokens = self.recipe.inference.tokens_per_pass
             choice = self.choice(quantization, checkpointing, micro, tokens)
-            training = 0 if choice.training is None else choice.training.peak
-            room = self.place.capacity - choice.fixed - choice.allowance
             while (
-                choice.evaluation.peak > max(room, training)
-                and training <= room
+                not self.fits(choice)
+                and choice.evaluation_is_highest
+                and choice.fixed < self.place.capacity
                 and tokens // 2 >= LEAST_TOKENS_PER_PASS
             ):
                 tokens //= 2

@@ -9,6 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from llm_emo import attention, memory, methods, recipes
+from llm_emo import plan as planning
 from llm_emo.models import meta, quantised
 from llm_emo.models.chatglm2 import CHATGLM2_6B
 from llm_emo.models.ledger import Ledger
@@ -273,3 +274,27 @@ def test_chatglm2_is_as_large_as_it_is_known_to_be():
                 drawn, one_text(256), "cuda", checkpointing=checkpointing, accumulating=False
             )
             assert step.saved / 256 / 28 / 2**10 == pytest.approx(kib, rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["lora", "lora with dropout", "p_tuning_v2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prediction_is_what_a_gpu_gives(method, checkpointing):
+    sizes = {"hidden_size": 1024, "head_dim": 128, "num_attention_heads": 8,
+             "intermediate_size": 2816, "num_hidden_layers": 6}  # fmt: skip
+    config = tiny.config("llama", **sizes)
+    drawn = meta.draw(config, METHODS[method], dtype=torch.bfloat16, quantization="none")
+    given = one_text(500)
+    predicted = memory.training_step(
+        drawn, given, "cuda", checkpointing=checkpointing, accumulating=False
+    )
+    base = tiny.model("llama", **sizes).to("cuda", torch.bfloat16)
+    base.set_attn_implementation(attention.NAME)
+    model = methods.adapt(base, METHODS[method]).cuda().train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    planning._real_step(model, given, torch.device("cuda"), 0)  # makes what is made once
+    model.zero_grad()
+    saved, peak = planning._real_step(model, given, torch.device("cuda"), 0)
+    assert predicted.saved == pytest.approx(saved, rel=0.15)
+    assert predicted.peak == pytest.approx(peak, rel=0.15)

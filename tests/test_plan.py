@@ -14,7 +14,8 @@ from llm_emo.encoding import Encoder
 from llm_emo.errors import RecipeError, RunError
 from llm_emo.experiment import Experiment
 from llm_emo.models import auto
-from llm_emo.planner import GIB, Place, Planner, parse_memory
+from llm_emo.planner import GIB, Place, Planner
+from llm_emo.sizes import parse_memory
 from llm_emo.training import GlobalBatches, collate
 
 FULL = ("method={kind: full}",)
@@ -137,9 +138,9 @@ def test_more_rows_and_fewer_recomputations_need_more(tiny_folder):
     planner = on_gpu(experiment(tiny_folder, "train.batch_size=8"), GIB)
     sizes = planner.micro_batch_sizes
     for kept in ("none", "nf4", "int8"):
-        peaks = [planner.training(kept, False, micro).peak for micro in sizes]
+        peaks = [planner.training(kept, False, micro, 512).peak for micro in sizes]
         assert peaks == sorted(peaks)
-        deep = [planner.training(kept, True, micro).peak for micro in sizes]
+        deep = [planner.training(kept, True, micro, 512).peak for micro in sizes]
         assert all(few < many for few, many in zip(deep, peaks, strict=True))
 
 
