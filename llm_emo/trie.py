@@ -9,7 +9,7 @@ that mask gives every sequence the hidden states that it has when it runs alone,
 decoder's state at a token depends on nothing but the token's path.
 
 Letters used below: B sequences, L the longest of them, N nodes, T targets, V vocabulary,
-C cached nodes, S live sequences of a generation step.
+C cached nodes, S live sequences of a generation step, A tokens of a cached beginning.
 """
 
 from collections.abc import Sequence
@@ -148,20 +148,76 @@ def masks_for(model: nn.Module, allowed: Tensor, query: Tensor, key: Tensor) -> 
     return {kind: sliding if kind == "sliding_attention" else full for kind in kinds}
 
 
-def node_logits(model: nn.Module, trie: TokenTrie, nodes: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Beginning:
+    """What tokens in front of a trie's sequences leave for them to attend to.
+
+    `layers` holds keys and values of every layer, each of shape (1, key-value heads, A, D).
+    """
+
+    length: int
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def cache(self) -> DynamicCache:
+        """Return a cache that starts with these tokens; it grows by copying, never in place."""
+        return DynamicCache(self.layers)
+
+
+def begin(model: nn.Module, ids: Sequence[int]) -> Beginning | None:
+    """Run the A tokens that many tries begin with; None where the model keeps no cache of them."""
+    device = next(model.parameters()).device
+    trie = TokenTrie.build([ids])
+    allowed, depth, _ = _behind(trie, None, device)
+    cache = DynamicCache()
+    model(
+        input_ids=trie.tokens.to(device)[None],
+        position_ids=depth[None],
+        attention_mask=masks_for(model, allowed, depth, depth),
+        logits_to_keep=trie.last.to(device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+    if not layers or any(keys is None or keys.shape[2] != len(ids) for keys, _ in layers):
+        return None
+    return Beginning(len(ids), layers)
+
+
+def _behind(
+    trie: TokenTrie, beginning: Beginning | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return who may attend to whom, shape (N, A + N), and depths of queries and of keys."""
+    allowed, depth = trie.allowed().to(device), trie.depth.to(device)
+    if beginning is None:
+        return allowed, depth, depth
+    depth = depth + beginning.length
+    keys = torch.cat([torch.arange(beginning.length, device=device), depth])
+    return nn.functional.pad(allowed, (beginning.length, 0), value=True), depth, keys
+
+
+def node_logits(
+    model: nn.Module, trie: TokenTrie, nodes: Tensor, beginning: Beginning | None = None
+) -> Tensor:
     """Run one pass over `trie` and return the next-token logits at `nodes`, shape (T, V).
 
     The head is applied at those nodes only: with a vocabulary of 50,000 and three trained
     tokens a row, logits at all N nodes would cost more than the transformer.
+
+    Args:
+        model: The causal LM, wrapped or not.
+        trie: The sequences, without what they all begin with.
+        nodes: Where logits are asked for, shape (T,).
+        beginning: What they all begin with, run before.
     """
     device = next(model.parameters()).device
-    depth = trie.depth.to(device)
+    allowed, depth, keys = _behind(trie, beginning, device)
     output = model(
         input_ids=trie.tokens.to(device)[None],
         position_ids=depth[None],
-        attention_mask=masks_for(model, trie.allowed().to(device), depth, depth),
+        attention_mask=masks_for(model, allowed, depth, keys),
         logits_to_keep=nodes.to(device),
-        use_cache=False,
+        past_key_values=None if beginning is None else beginning.cache(),
+        use_cache=beginning is not None,
     )
     return output.logits[0]  # type: ignore[no-any-return]
 
@@ -173,20 +229,21 @@ class TrieDecoder:
     which attends to its own path only. A sequence that ends simply adds no more nodes.
     """
 
-    def __init__(self, model: nn.Module, trie: TokenTrie) -> None:
+    def __init__(
+        self, model: nn.Module, trie: TokenTrie, beginning: Beginning | None = None
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         # Given no config, every layer keeps all nodes: a window over cache columns would be
         # a window over nodes, not over positions; `masks_for` slides by depth instead.
-        self.cache = DynamicCache()
-        self.depth = trie.depth.to(self.device)  # (C,)
-        allowed = trie.allowed().to(self.device)
+        self.cache = DynamicCache() if beginning is None else beginning.cache()
+        allowed, depth, self.depth = _behind(trie, beginning, self.device)  # the last: (C,)
         self.visible = allowed[trie.last.to(self.device)]  # (S, C)
-        self.next_depth = trie.lengths.to(self.device)  # (S,)
+        self.next_depth = depth[trie.last.to(self.device)] + 1  # (S,)
         output = model(
             input_ids=trie.tokens.to(self.device)[None],
-            position_ids=self.depth[None],
-            attention_mask=masks_for(model, allowed, self.depth, self.depth),
+            position_ids=depth[None],
+            attention_mask=masks_for(model, allowed, depth, self.depth),
             logits_to_keep=trie.last.to(self.device),
             past_key_values=self.cache,
             use_cache=True,
