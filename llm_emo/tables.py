@@ -90,16 +90,11 @@ def show_examples(result: dict[str, Any]) -> None:
 def show_training(result: dict[str, Any]) -> None:
     """Print where a finished run lies and how it was trained."""
     run, saved = result["tokens_run"], result["tokens_saved"]
-    speed = ""
-    if run:  # nothing was left to run when a resumed run had only to be saved
-        speed = (
-            f" at {result['examples_per_second']:.1f} examples/s; "
-            f"{saved / (run + saved):.0%} of {run + saved:,} tokens saved"
-        )
     ((metric, value),) = result["best_dev"].items()
     _console().print(
         f"{escape(result['run'])}: {result['trainable_parameters']:,} parameters learned from "
-        f"{result['training_rows']:,} rows{speed}; "
+        f"{result['training_rows']:,} rows at {result['examples_per_second']:.1f} examples/s; "
+        f"{saved / (run + saved):.0%} of {run + saved:,} tokens saved; "
         f"dev {metric} {value:.4f} at step {result['best_step']}\n"
         f"next: llm-emo evaluate {escape(result['run'])}"
     )
