@@ -240,6 +240,17 @@ def test_quantised_bases_are_predicted_too(quantization, tmp_path):
     assert predicted.peak == pytest.approx(peak, rel=0.15)
 
 
+def test_a_weight_that_a_product_writes_out_is_counted():
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 8192}
+    peaks = {}
+    for quantization in ("none", "nf4"):
+        config = tiny.config("llama", **sizes)
+        drawn = meta.draw(config, METHODS["lora"], dtype=torch.bfloat16, quantization=quantization)
+        trie = TokenTrie.build([(5, 6)])
+        peaks[quantization] = memory.scoring_pass(drawn, trie, trie.last, "cuda").peak
+    assert peaks["nf4"] - peaks["none"] > 0.9 * 64 * 8192 * 2
+
+
 def _all(model):
     """Yield what a quantised model holds, also what is no parameter of it."""
     yield from model.parameters()

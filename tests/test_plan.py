@@ -46,7 +46,7 @@ def test_memory_without_a_number_or_unit_is_refused(text):
 
 
 def test_tokens_and_steps_are_those_of_training(tiny_folder):
-    given = experiment(tiny_folder)
+    given = experiment(tiny_folder, "train.epochs=7")
     result = planning.plan(given, gpu_memory=GIB)["training"]
     tokenizer = auto.load_tokenizer(given.recipe.model)
     rows = Encoder(tokenizer, given.recipe.prompt.max_length).encode(given.examples("train"))
