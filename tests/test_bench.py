@@ -1,21 +1,25 @@
 """The benchmark compares like with like; its timings are not tested."""
 
 import importlib.util
+import itertools
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from benches import common, load
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm_emo.encoding import Encoded
-from llm_emo.errors import JobFailed, RunError
+from llm_emo.errors import JobFailed, RecipeError, RunError
+from llm_emo.inference import score
+from llm_emo.training import answer_loss, collate
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "train.py"
-SPEC = importlib.util.spec_from_file_location("bench_train", SCRIPT)
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
+bench = load("train")
+harness, matrix, trainers = common("harness"), common("matrix"), common("trainers")
+
+LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra: bench)"
@@ -26,18 +30,19 @@ peers = pytest.mark.parametrize(
         pytest.param("trl", marks=needs_trl),
         pytest.param("trl_padding_free", marks=needs_trl),
         "padded",
+        "padded_193",
     ],
 )
 ROWS = [*tiny.encoded(11), tiny.encoded(1)[0]]  # one row stands there twice
 
 
-def trainer(side, folder, **changes):
+def trainer(side, folder, method="lora", **changes):
     """The trainer of a side over the tiny model: three steps of four rows."""
-    return bench.trainer_of(
+    return trainers.trainer_of(
         side,
-        tiny.adapted("llama", "lora"),
+        tiny.adapted("llama", method),
         tiny.tokenizer(),
-        ROWS,
+        [ROWS[start : start + 4] for start in (0, 4, 8)],
         tiny.train(**changes),
         folder=folder,
         seed=1,
@@ -54,8 +59,10 @@ def pairs_of(rows):
 
 @peers
 def test_each_step_of_each_side_trains_the_same_tokens_after_the_same_tokens(side, tmp_path):
-    ours = [bench.trained(batch) for batch in trainer("llm_emo", tmp_path).get_train_dataloader()]
-    theirs = [bench.trained(batch) for batch in trainer(side, tmp_path).get_train_dataloader()]
+    ours = [
+        trainers.trained(batch) for batch in trainer("llm_emo", tmp_path).get_train_dataloader()
+    ]
+    theirs = [trainers.trained(batch) for batch in trainer(side, tmp_path).get_train_dataloader()]
     assert theirs == ours
     assert [pairs.total() for pairs in ours] != [0, 0, 0]
     assert sum(ours, Counter()) == pairs_of(ROWS)
@@ -63,12 +70,14 @@ def test_each_step_of_each_side_trains_the_same_tokens_after_the_same_tokens(sid
 
 @peers
 def test_each_step_of_each_side_has_the_same_loss(side, tmp_path):
-    _, ours = bench.timed(trainer("llm_emo", tmp_path / "a", schedule="cosine", warmup_ratio=0.4))
-    _, theirs = bench.timed(trainer(side, tmp_path / "b", schedule="cosine", warmup_ratio=0.4))
+    _, ours = trainers.timed(
+        trainer("llm_emo", tmp_path / "a", schedule="cosine", warmup_ratio=0.4)
+    )
+    _, theirs = trainers.timed(trainer(side, tmp_path / "b", schedule="cosine", warmup_ratio=0.4))
     assert len(ours) == 3
     assert theirs == pytest.approx(ours, rel=1e-4)
     # The second step would have another loss if the first had not learned alike.
-    still = bench.timed(trainer("llm_emo", tmp_path / "c", learning_rate=1e-9))[1]
+    still = trainers.timed(trainer("llm_emo", tmp_path / "c", learning_rate=1e-9))[1]
     assert abs(still[-1] - ours[-1]) > 1e-2
 
 
@@ -76,12 +85,12 @@ def test_each_step_of_each_side_has_the_same_loss(side, tmp_path):
 def test_the_checked_loss_is_that_of_the_first_step(side, tmp_path):
     made = trainer(side, tmp_path)
     batch = next(iter(made.get_train_dataloader()))
-    checked = bench.loss_of(made, batch, bench.trained(batch).total())
-    assert bench.timed(made)[1][0] == pytest.approx(checked, rel=1e-6)
+    checked = trainers.loss_of(made, batch, trainers.trained(batch).total())
+    assert trainers.timed(made)[1][0] == pytest.approx(checked, rel=1e-6)
 
 
 def test_seconds_run_from_step_to_step(tmp_path):
-    seconds, losses = bench.timed(trainer("llm_emo", tmp_path))
+    seconds, losses = trainers.timed(trainer("llm_emo", tmp_path))
     assert len(seconds) == len(losses) - 1
     assert all(second > 0 for second in seconds)
 
@@ -92,16 +101,56 @@ def test_what_a_padded_batch_trains_is_read_from_its_labels():
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         "labels": torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]]),
     }
-    assert bench.trained(batch) == {((5, 6), 7): 1, ((5, 6, 7), 8): 1, ((5,), 9): 1}
-    assert bench.tokens_in(batch) == 8
+    assert trainers.trained(batch) == {((5, 6), 7): 1, ((5, 6, 7), 8): 1, ((5,), 9): 1}
+    assert trainers.tokens_in(batch) == 8
 
 
 def test_rows_are_drawn_by_the_seed_and_never_twice():
-    first, again, other = (bench.chosen(range(100), 40, seed) for seed in (0, 0, 1))
+    first, again, other = (trainers.drawn(range(100), 8, 5, seed) for seed in (0, 0, 1))
     assert first == again != other
-    assert len(set(first)) == 40
-    with pytest.raises(RunError, match=r"101 rows are wanted, but train has 100"):
-        bench.chosen(range(100), 101, 0)
+    assert [len(step) for step in first] == [8] * 5
+    assert len({row for step in first for row in step}) == 40
+    with pytest.raises(RunError, match=r"104 rows are wanted, but train has 100"):
+        trainers.drawn(range(100), 8, 13, 0)
+
+
+def test_steps_of_dialogues_hold_neighbouring_turns_of_as_few_dialogues_as_they_can():
+    groups = [f"d{row // 5}" for row in range(100)]
+    first, again, other = (trainers.drawn(range(100), 10, 6, seed, groups) for seed in (0, 0, 1))
+    assert first == again != other
+    for step in first:
+        assert len({groups[row] for row in step}) == 2
+        assert sum(b == a + 1 for a, b in itertools.pairwise(step)) >= 8
+
+
+def test_a_row_longer_than_what_the_original_pads_to_is_refused(tmp_path):
+    long = [Encoded("a", tuple(range(5, 198)), (2,))]
+    with pytest.raises(RunError, match=r"a row has 194 tokens; set prompt.max_length=193"):
+        trainers.trainer_of(
+            "padded_193", tiny.adapted("llama", "lora"), tiny.tokenizer(), [long],
+            tiny.train(), folder=tmp_path, seed=1,
+        )  # fmt: skip
+
+
+def test_prefix_tuning_of_peft_starts_from_the_same_prefix(tmp_path):
+    made = [trainer(side, tmp_path / side, "p_tuning_v2") for side in ("llm_emo", "peft_prefix")]
+    batches = [next(iter(each.get_train_dataloader())) for each in made]
+    ours, theirs = (trainers.trained(batch) for batch in batches)
+    assert ours == theirs
+    losses = [
+        trainers.loss_of(each, batch, ours.total())
+        for each, batch in zip(made, batches, strict=True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    with torch.no_grad():  # the loss depends on the prefix at all
+        made[1].model.prompt_encoder["default"].embedding.weight.zero_()
+    assert abs(trainers.loss_of(made[1], batches[1], ours.total()) - losses[0]) > 1e-3
+
+
+def test_a_prefix_with_a_projection_has_no_counterpart_in_peft():
+    model = tiny.adapted("llama", "p_tuning_v2", projection=True, projection_size=8)
+    with pytest.raises(RecipeError, match="without projection"):
+        trainers.peft_prefix(model)
 
 
 def result(rate, *, trained="a"):
@@ -110,7 +159,7 @@ def result(rate, *, trained="a"):
 
 def test_a_ratio_is_taken_round_by_round():
     results = {"llm_emo": [result(8.0), result(4.0)], "trl": [result(1.0), result(1.0)]}
-    assert bench.ratios(results) == {"trl": [8.0, 4.0]}
+    assert harness.ratios(results, "examples_per_second") == {"trl": [8.0, 4.0]}
 
 
 @pytest.mark.parametrize("loss", [1.00002, math.nan])
@@ -127,8 +176,7 @@ def test_sides_with_different_targets_are_not_compared():
         bench.require_same({"llm_emo": 1.0}, same | {"trl": [result(1.0, trained="b")]})
 
 
-def test_the_arguments_of_the_help_text_parse(monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: object())
+def test_the_arguments_of_the_help_text_parse():
     given = bench.arguments(
         ["--data-root", "data", "--recipe", "sst2/lora", "--steps", "2", "--rounds", "1",
          "--peers", "trl,padded", "--set", "model.dtype=float32", "-o", "out.json"]
@@ -153,35 +201,102 @@ def test_wrong_arguments_exit_with_2(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_without_trl_the_message_says_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        bench.arguments([])
-    assert "pip install -e .[bench]" in capsys.readouterr().err
-    assert bench.arguments(["--peers", "padded"]).peers == ["padded"]
+def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(trainers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip install -e .\[bench\]"):
+        bench.peers_for(bench.arguments([]), "lora")
+    assert bench.peers_for(bench.arguments(["--peers", "padded"]), "lora") == ["padded"]
+
+
+def test_a_peer_is_measured_only_with_the_method_it_trains():
+    assert bench.peers_for(bench.arguments([]), "p_tuning_v2") == ["peft_prefix"]
+    with pytest.raises(RunError, match="padded does not train method p_tuning_v2"):
+        bench.peers_for(bench.arguments(["--peers", "padded"]), "p_tuning_v2")
+    with pytest.raises(RunError, match="peft_prefix does not train method lora"):
+        bench.peers_for(bench.arguments(["--peers", "peft_prefix"]), "lora")
 
 
 def test_encoded_rows_become_labels_behind_the_prompt():
-    assert list(bench.labelled([Encoded("a", (3, 4), (7, 2))])) == [
+    assert list(trainers.labelled([Encoded("a", (3, 4), (7, 2))])) == [
         {"input_ids": [3, 4, 7, 2], "attention_mask": [1] * 4, "labels": [-100, -100, 7, 2]}
     ]
 
 
+# --- operations and shares ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_the_operations_of_a_step_are_those_that_torch_counts(method):
+    model = tiny.adapted("llama", method)
+    rows = tiny.encoded(4)
+    with FlopCounterMode(display=False) as counter:
+        answer_loss(model, collate(rows)).backward()
+    prefix = 4 if method == "p_tuning_v2" else 0
+    counted, _, _ = matrix.of_step(model, [(row.prompt, row.answer) for row in rows], prefix=prefix)
+    assert counted.pop("attention") > 0  # which torch counts only in some of its kernels
+    found = counter.get_flop_counts()["Global"]
+    assert sum(counted.values()) == found[torch.ops.aten.mm]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_operations_of_scoring_are_those_that_torch_counts(architecture):
+    model, prompts = tiny.model(architecture), [row.prompt for row in tiny.encoded(4)]
+    answers = [(7, 8, 2), (7, 9, 2), (11, 2)]
+    with FlopCounterMode(display=False) as counter:
+        list(score(model, prompts, answers, tokens_per_pass=1000))
+    total, sizes = matrix.of_scoring(model, [prompts], answers)
+    pairs = matrix.pairs_in(matrix.trie_sizes([(*p, *a[:-1]) for p in prompts for a in answers])[1])
+    ((nodes, logits),) = sizes
+    counted = matrix.operations(model, nodes=nodes, logits=logits, pairs=pairs, training=False)
+    assert sum(counted.values()) == total
+    counted.pop("attention")
+    found = counter.get_flop_counts()["Global"]
+    assert sum(counted.values()) == sum(found[op] for op in LINEAR if op in found)
+
+
+def test_attention_is_counted_along_each_tokens_own_path():
+    depths = matrix.trie_sizes([(5, 6, 7), (5, 6, 8)])[1]
+    assert matrix.pairs_in(depths) == 1 + 2 + 3 + 3
+    assert matrix.pairs_in(depths, prefix=4) == 1 + 2 + 3 + 3 + 4 * 4
+
+
+def test_the_measured_rate_is_a_rate():
+    model = tiny.adapted("llama", "lora")
+    assert 1e6 < matrix.rate(model, nodes=8, logits=3, training=True) < 1e15
+
+
+def test_twice_the_time_is_half_the_share():
+    own = {
+        "matrix": {"operations": {"linear": 6e9, "head": 2e9}, "operations_per_second": 1e9},
+        "seconds_per_step": [4.0, 6.0],
+    }
+    assert bench.share_of(own, own) == pytest.approx(0.8)
+    assert bench.share_of(own, {"seconds_per_step": [20.0]}) == pytest.approx(0.4)
+
+
 def measured(side, rate, trl=None):
     versions = {"torch": "2.0", "transformers": "5.0", "peft": "0.2", "trl": trl}
-    machine = {"model": "tiny", "versions": versions, "started": "today", "cpu": "chip", "cores": 2}
+    versions = {name: version for name, version in versions.items() if version}
     return result(rate) | {
-        "environment": machine,
+        "machine": {
+            "versions": versions, "started": "today", "cpu": "chip", "gpu": None,
+            "cores": 2, "threads": 1,
+        },
+        "model": "tiny",
         "method": {"kind": "lora", "rank": 8},
         "dtype": "bfloat16",
         "device": "cpu",
-        "threads": 2,
         "losses": [1.0 if side == "llm_emo" else 1.25],
         "targets": 40,
         "tokens_per_step": 100.0,
         "tokens_of_rows_per_step": 300.0,
-        "peak_memory_bytes": 3 * 2**20,
-    }
+        "peak_memory_bytes": (3 if side == "llm_emo" else 12) * 2**20,
+        "seconds_per_step": [1 / rate],
+        "matrix": {
+            "operations": {"linear": 9e8, "head": 1e8}, "operations_per_second": 2e10,
+            "nodes": [100], "measured_at": {"nodes": 100, "logits": 7},
+        } if side == "llm_emo" else None,
+    }  # fmt: skip
 
 
 def test_the_report_shows_rates_ratios_differences_and_versions():
@@ -190,12 +305,15 @@ def test_the_report_shows_rates_ratios_differences_and_versions():
         "padded": [measured("padded", rate) for rate in (4.0, 4.0, 4.0)],
         "trl": [measured("trl", rate, trl="1.16.0") for rate in (2.0, 2.0, 2.0)],
     }
+    bench.with_shares(results)
     losses = {"llm_emo": 1.0, "padded": 1.0, "trl": 1.000001}
     text = bench.report(losses, results, bench.arguments(["--peers", "padded"]))
     assert "torch 2.0, transformers 5.0, peft 0.2, trl 1.16.0" in text
-    assert "llm_emo / trl: 7.00x (rounds: 6.00, 10.00, 7.00)" in text
+    assert "llm_emo / trl: 7.00x (rounds: 6.00, 10.00, 7.00), 25% of its memory" in text
     assert "llm_emo / padded: 3.50x" in text
     assert "differ by 1.0e-06 in float32, 2.5e-01 in bfloat16" in text
     assert "120 targets" in text
+    assert "matrix products alone at 100 nodes and 7 logits: 20.0 GFLOP/s" in text
+    assert "a step needs 1.0 GFLOP of distinct tokens: linear 90%, head 10%" in text
     row = next(line for line in text.splitlines() if line.startswith("llm_emo "))
-    assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "3", "MiB"]
+    assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "60%", "3", "MiB"]

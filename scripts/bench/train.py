@@ -15,36 +15,20 @@ next token), which must be equal; and in float32 the first batch's losses must b
 """
 
 import argparse
-import contextlib
-import gc
-import hashlib
-import importlib.util
-import itertools
 import json
 import math
-import os
-import platform
-import random
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SIDES = {
-    "llm_emo": "this program: one pass over the batch's token trie",
-    "trl": "TRL's SFTTrainer: dynamic padding, its default",
-    "trl_padding_free": "TRL's SFTTrainer with padding_free: one row, block-diagonal mask",
-    "padded": "transformers' Trainer: dynamic padding, logits at every position",
-}
-OURS = "llm_emo"
+from common import harness, matrix, trainers
+from common.harness import OURS, Result, Rounds
+from common.trainers import PEERS, SIDES
+
+RATE = "examples_per_second"
 WARM_UP = 1
 """Steps at the beginning of each measurement that are not counted."""
 TOLERANCE = 1e-5
@@ -53,365 +37,194 @@ TOLERANCE = 1e-5
 In bfloat16 no such bound would tell right from wrong: rounding alone moves the loss of a batch
 by 1e-2, and TRL's two modes differ about as much from each other.
 """
+SHOWN = ("torch", "transformers", "peft", "trl", "llamafactory")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments; exits with 2 where they are wrong."""
     parser = argparse.ArgumentParser(
-        description="Print examples/s of this program and of other trainers, and the ratios.",
+        description="Print examples/s of this program and of other trainers, the ratios, and the "
+        "share of the machine's matrix-product rate that each reaches.",
         epilog="example: python scripts/bench/train.py --data-root DATA "
         "--recipe mastodon/lora --steps 12 --rounds 3 -o train.json; "
         "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
     )
-    parser.add_argument("--recipe", default="mastodon/lora", help="a recipe's name or file")
-    parser.add_argument("--data-root", type=Path, help="the folder that holds the corpora")
+    harness.add_recipe(parser, "mastodon/lora")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a recipe's key, such as model.dtype=float32; repeatable",
+        "--peers", metavar="A,B",
+        help="whom to measure beside llm_emo (default: "
+        + "; ".join(f"for {kind} {','.join(peers)}" for kind, peers in PEERS.items()) + ")",
     )  # fmt: skip
     parser.add_argument(
-        "--peers", default="trl,trl_padding_free", metavar="A,B",
-        help="whom to measure beside llm_emo, out of trl, trl_padding_free, padded "
-        "(default: %(default)s)",
+        "--batch-size", type=harness.positive, default=16, help="rows a step (default: 16)"
+    )
+    parser.add_argument(
+        "--steps", type=harness.positive, default=12, help="timed steps a round (default: 12)"
+    )
+    parser.add_argument(
+        "--by", choices=("row", "dialogue"),
+        help="what a step is filled with (default: dialogue where the prompt shows history)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=16, help="rows a step (default: 16)")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps a round (default: 12)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="which rows, in which order")
-    parser.add_argument("-o", "--output", type=Path, help="also write everything to a JSON file")
+    harness.add_common(parser)
     parser.add_argument(
         "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
     )
-    parser.add_argument("--round", type=int, default=0, help="with --side: which round")
     parser.add_argument(
         "--check", action="store_true",
         help="with --side: do not train, compute the first batch's loss in float32",
     )  # fmt: skip
     given = parser.parse_args(argv)
-    given.peers = given.peers.split(",")
-    if unknown := [name for name in given.peers if name not in SIDES or name == OURS]:
-        known = ", ".join(name for name in SIDES if name != OURS)
-        parser.error(f"--peers: unknown {', '.join(unknown)} (known: {known})")
-    for name in ("batch_size", "steps", "rounds"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 or more")
-    wanted = [given.side] if given.side else given.peers
-    if any(name.startswith("trl") for name in wanted) and not importlib.util.find_spec("trl"):
-        parser.error("TRL is not installed; pip install -e .[bench] -c constraints.txt")
+    if given.peers is not None:
+        given.peers = harness.peers_of(parser, given.peers, SIDES)
     return given
 
 
 # --- one side, in a process of its own ----------------------------------------------------------
 
 
-def chosen(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """Return `count` random rows.
+def recipe_of(given: argparse.Namespace) -> Any:
+    """Return the recipe at the batch size that is measured.
 
     Raises:
-        RunError: there are not so many.
+        RecipeError: the recipe trains nothing that has a peer, or draws random masks.
     """
-    from llm_emo.errors import RunError
-
-    if count > len(rows):
-        raise RunError(
-            f"{count} rows are wanted, but train has {len(rows)}; take fewer --steps, or a "
-            "smaller --batch-size"
-        )
-    return random.Random(seed).sample(rows, count)
-
-
-def trainer_of(
-    side: str, model: Any, tokenizer: Any, rows: Sequence[Any], settings: Any, *,
-    folder: Path, seed: int,
-) -> Any:  # fmt: skip
-    """Return the trainer of `side` over `rows`, an epoch of steps of `settings.batch_size`.
-
-    Whichever side it is, step i takes the same rows.
-    """
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-    from llm_emo.training import GlobalBatches, TrieTrainer, training_arguments
-    from llm_emo.workflow import Progress
-
-    batches = GlobalBatches(
-        len(rows), batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
-        seed=seed, rank=0, world=1,
-    )  # fmt: skip
-    own = training_arguments(
-        folder, settings, accumulation=batches.accumulation, seed=seed, metric="none"
-    )
-    if side == OURS:
-        trainer: TrieTrainer
-        trainer = TrieTrainer(
-            model, own, rows=rows, batches=batches,
-            validate=lambda model: {"none": 0.0},  # behind the last step, off the clock
-            callbacks=[Progress(folder / "log.jsonl", lambda: trainer.counts())],
-        )  # fmt: skip
-        return trainer
-
-    shared: dict[str, Any] = {
-        name: getattr(own, name)
-        for name in (
-            "output_dir", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "weight_decay", "lr_scheduler_type",
-            "warmup_steps", "max_grad_norm", "optim", "gradient_checkpointing", "seed", "use_cpu",
-            "disable_tqdm", "report_to",
-        )
-    }  # fmt: skip
-    # The dataset below stands in the order of the program's batches already.
-    shared |= {"train_sampling_strategy": "sequential", "logging_strategy": "no",
-               "save_strategy": "no", "eval_strategy": "no"}  # fmt: skip
-    ordered = [rows[index] for batch in batches for index in batch]
-    if side == "padded":
-        collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        return Trainer(
-            model, TrainingArguments(**shared), train_dataset=labelled(ordered),
-            data_collator=collator,
-        )  # fmt: skip
-    return sft_trainer(model, tokenizer, ordered, shared, padding_free=side == "trl_padding_free")
-
-
-def labelled(rows: Sequence[Any]) -> Any:
-    """Return rows as transformers wants them: ids, and labels that are -100 in the prompt."""
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": [*row.prompt, *row.answer],
-                "attention_mask": [1] * (len(row.prompt) + len(row.answer)),
-                "labels": [-100] * len(row.prompt) + list(row.answer),
-            }
-            for row in rows
-        ]
-    )
-
-
-def sft_trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Any], shared: Mapping[str, Any], *,
-    padding_free: bool,
-) -> Any:  # fmt: skip
-    """Return TRL's trainer, set up as fast as its documentation allows for this work.
-
-    A tokenised prompt-completion dataset with completion-only loss; no gradient checkpointing
-    (its default costs about a fifth of the speed) and no autocast (the weights have the dtype
-    that both sides train in).
-    """
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    dataset = Dataset.from_list(
-        [
-            {
-                "input_ids": [*row.prompt, *row.answer],
-                "completion_mask": [0] * len(row.prompt) + [1] * len(row.answer),
-            }
-            for row in rows
-        ]
-    )
-    config = SFTConfig(
-        **shared,
-        completion_only_loss=True,
-        packing=False,  # it would put other rows together than the batch's
-        padding_free=padding_free,
-        max_length=None,  # rows were shortened by the program
-        bf16=False,
-    )
-    return SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-
-
-def trained(batch: Mapping[str, Any]) -> Counter[tuple[tuple[int, ...], int]]:
-    """Return what a collated batch trains: (tokens so far, next token), with multiplicity."""
-    if "trie" in batch:
-        trie = batch["trie"]
-        paths: dict[int, tuple[int, ...]] = {}  # node -> the tokens up to and with it
-        for nodes, length in zip(trie.nodes.tolist(), trie.lengths.tolist(), strict=True):
-            tokens = tuple(trie.tokens[nodes[:length]].tolist())
-            paths |= {node: tokens[: at + 1] for at, node in enumerate(nodes[:length])}
-        at = batch["nodes"][batch["where"]].tolist()
-        return Counter(
-            (paths[node], label)
-            for node, label in zip(at, batch["labels"].tolist(), strict=True)
-            if label != -100
-        )
-    pairs: Counter[tuple[tuple[int, ...], int]] = Counter()
-    for ids, labels in _rows(batch):
-        pairs.update((tuple(ids[:at]), label) for at, label in enumerate(labels) if label != -100)
-    return pairs
-
-
-def _rows(batch: Mapping[str, Any]) -> Iterable[tuple[list[int], list[int]]]:
-    """Yield the rows (ids, labels) of a padded or of a flattened batch, without padding."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    if "attention_mask" in batch:
-        for row, own, mask in zip(ids, labels, batch["attention_mask"].bool(), strict=True):
-            yield row[mask].tolist(), own[mask].tolist()
-        return
-    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-    for start, end in itertools.pairwise(starts):
-        yield ids[0, start:end].tolist(), labels[0, start:end].tolist()
-
-
-def tokens_in(batch: Mapping[str, Any]) -> int:
-    """Return how many tokens the transformer runs for a batch, padding included."""
-    return len(batch["trie"]) if "trie" in batch else int(batch["input_ids"].numel())
-
-
-def timed(trainer: Any) -> tuple[list[float], list[float]]:
-    """Train; return the seconds from each step's end to the next one's, and all the losses."""
-    import torch
-    from transformers import TrainerCallback
-
-    ends: list[float] = []
-    losses: list[Any] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    step = trainer.training_step
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        losses.append(step(*args, **kwargs))
-        return losses[-1]
-
-    trainer.training_step = recorded
-    trainer.add_callback(Clock())
-    trainer.train()
-    seconds = [end - start for start, end in itertools.pairwise(ends)]
-    return seconds, [float(loss) for loss in losses]
-
-
-def loss_of(trainer: Any, batch: Mapping[str, Any], targets: int) -> float:
-    """Return the mean loss of a batch's targets, as the trainer computes it."""
-    import torch
-
-    trainer.model.train()
-    with torch.no_grad():
-        inputs = trainer._prepare_inputs(batch)
-        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(targets))
-    return float(loss)
-
-
-def forget_peak() -> None:
-    """Let the peak of memory begin here, where the system can; loading a model has its own."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-
-
-def peak_memory() -> int:
-    """Return the most memory this process held, in bytes; on a GPU, the GPU's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Measure `given.side` in this process, or with `given.check` its first loss only.
-
-    Raises:
-        EmoError: recipe, data and model do not fit, or TRL cannot train the method.
-    """
-    import torch
-
-    from llm_emo import recipes, runs
+    from llm_emo import recipes
     from llm_emo.errors import RecipeError
-    from llm_emo.experiment import Experiment, data_root
-    from llm_emo.labelling import open_labeller
 
     sizes = (f"train.{key}={given.batch_size}" for key in ("batch_size", "micro_batch_size"))
     fixed = ("train.epochs=1", "train.gradient_checkpointing=false")
     dtype = ("model.dtype=float32",) if given.check else ()
     recipe = recipes.load(given.recipe, [*given.overrides, *sizes, *fixed, *dtype])
-    if not isinstance(recipe.method, recipes.Lora) or recipe.train is None:
+    kind = recipe.method.kind
+    if kind not in PEERS:
         raise RecipeError(
-            f"{given.recipe}: method.kind is {recipe.method.kind}; SFTTrainer and this program "
-            "have only lora in common, so take a recipe with lora"
+            f"{given.recipe}: method.kind is {kind}; peers train {' or '.join(PEERS)}, so take a "
+            "recipe with one of these"
         )
-    if recipe.method.dropout:
+    if isinstance(recipe.method, recipes.Lora | recipes.PTuningV2) and recipe.method.dropout:
         raise RecipeError(
             f"{given.recipe}: method.dropout is {recipe.method.dropout}, and random masks make "
             "losses incomparable; add --set method.dropout=0"
         )
+    return recipe
+
+
+def peers_for(given: argparse.Namespace, kind: str) -> list[str]:
+    """Return whom to measure.
+
+    Raises:
+        RunError: a peer does not train this method, or is not installed.
+    """
+    from llm_emo.errors import RunError
+
+    peers = list(PEERS[kind]) if given.peers is None else given.peers
+    for peer in peers:
+        if (peer == "peft_prefix") != (kind == "p_tuning_v2"):
+            raise RunError(f"--peers: {peer} does not train method {kind}; leave it out")
+        trainers.require(peer)
+    return list(peers)
+
+
+def by_dialogue(given: argparse.Namespace, recipe: Any) -> bool:
+    """Whether steps are filled with dialogues."""
+    return (given.by or ("row" if recipe.prompt.history_window == 0 else "dialogue")) == "dialogue"
+
+
+def prepared(given: argparse.Namespace) -> tuple[Any, Any, trainers.Steps]:
+    """Return the recipe, its labeller and the steps of rows that this round trains."""
+    from llm_emo.experiment import Experiment, data_root
+    from llm_emo.labelling import open_labeller
+
+    recipe = recipe_of(given)
     experiment = Experiment.prepare(recipe, data_root(given.data_root))
     labeller = open_labeller(experiment)
-    rows = chosen(
-        labeller.encoder.encode(experiment.examples("train")),
-        given.batch_size * (WARM_UP + given.steps),
-        given.seed + given.round,
-    )
+    rows = experiment.rows("train")
+    groups = None
+    if by_dialogue(given, recipe):
+        groups = [row.utterance.dialogue or row.utterance.uid for row in rows]
+    steps = trainers.drawn(
+        labeller.encoder.encode(experiment.render(rows)),
+        given.batch_size, WARM_UP + given.steps, given.seed + given.round, groups,
+    )  # fmt: skip
+    return recipe, labeller, steps
+
+
+def measure(given: argparse.Namespace) -> Result:
+    """Measure `given.side` in this process, or with `given.check` its first loss only.
+
+    Raises:
+        EmoError: recipe, data and model do not fit, or the side cannot train the method.
+    """
+    recipe, labeller, steps = prepared(given)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(
-            given.side, labeller.model, labeller.base.tokenizer, rows, recipe.train,
+        trainer = trainers.trainer_of(
+            given.side, labeller.model, labeller.base.tokenizer, steps, recipe.train,
             folder=Path(folder), seed=recipe.seed,
         )  # fmt: skip
         batches = list(trainer.get_train_dataloader())
-        pairs = [sorted(trained(batch).items()) for batch in batches]
-        tokens = [tokens_in(batch) for batch in batches[WARM_UP:]]
+        pairs = trainers.fingerprint(batches)
+        targets = [trainers.trained(batch).total() for batch in batches]
+        tokens = [trainers.tokens_in(batch) for batch in batches[WARM_UP:]]
         if given.check:
-            targets = sum(count for _, count in pairs[0])
-            return {"side": given.side, "loss": loss_of(trainer, batches[0], targets)}
+            loss = trainers.loss_of(trainer, batches[0], targets[0])
+            return {"side": given.side, "loss": loss}
         del batches
-        gc.collect()
-        forget_peak()
-        before = peak_memory()
-        seconds, losses = timed(trainer)
+        harness.forget_peak()
+        before = harness.peak_memory()
+        seconds, losses = trainers.timed(trainer)
     counted = seconds[WARM_UP - 1 :]
-    environment = runs.environment(None, experiment)
-    del environment["data_root"], environment["run"]
-    environment["versions"]["trl"] = metadata.version("trl") if "trl" in sys.modules else None
     return {
         "side": given.side,
         "round": given.round,
-        "examples_per_second": given.batch_size * given.steps / sum(counted),
+        RATE: given.batch_size * given.steps / sum(counted),
         "seconds_per_step": counted,
         "losses": losses,
-        "trained": hashlib.sha256(repr(pairs).encode()).hexdigest(),
-        "targets": sum(count for batch in pairs for _, count in batch),
-        "tokens_per_step": sum(tokens) / len(tokens),
-        "tokens_of_rows_per_step": sum(
-            len(row.prompt) + len(row.answer) for row in rows
-        ) / (WARM_UP + given.steps),
-        "peak_memory_bytes": peak_memory(),
+        "trained": pairs,
+        "targets": sum(targets),
+        "tokens_per_step": statistics.mean(tokens),
+        "tokens_of_rows_per_step": statistics.mean(
+            sum(len(row.prompt) + len(row.answer) for row in step) for step in steps
+        ),
+        "peak_memory_bytes": harness.peak_memory(),
         "peak_memory_before_training_bytes": before,
-        "threads": torch.get_num_threads(),
+        "matrix": limits(given.side, labeller.model, recipe, steps[WARM_UP:]),
         "dtype": labeller.base.dtype,
         "device": str(labeller.base.model.device),
+        "model": recipe.model.name,
         "method": recipe.method.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json"),
-        "protocol": experiment.protocol.name,
-        "environment": environment,
-    }  # fmt: skip
+        "protocol": labeller.experiment.protocol.name,
+        "machine": harness.machine(*SHOWN),
+    }
+
+
+def limits(side: str, model: Any, recipe: Any, steps: trainers.Steps) -> dict[str, Any] | None:
+    """Count the operations of the timed steps, and measure the rate at the median step's shapes.
+
+    Only on our side: the rate belongs to the machine, at that time, and the operations to the
+    rows; both hold for every side of the round.
+    """
+    if side != OURS:
+        return None
+    prefix = getattr(recipe.method, "prefix_length", 0)
+    counted = [
+        matrix.of_step(model, [(row.prompt, row.answer) for row in step], prefix=prefix)
+        for step in steps
+    ]
+    _, nodes, logits = sorted(counted, key=lambda step: step[1])[len(counted) // 2]
+    kinds = {kind: sum(step[0][kind] for step in counted) for kind in counted[0][0]}
+    return {
+        "operations": kinds,
+        "nodes": [step[1] for step in counted],
+        "measured_at": {"nodes": nodes, "logits": logits},
+        "operations_per_second": matrix.rate(model, nodes=nodes, logits=logits, training=True),
+    }
 
 
 # --- all sides in turn --------------------------------------------------------------------------
 
 
-def run_side(argv: Sequence[str], side: str, *options: str) -> dict[str, Any]:
-    """Measure one side once in a process of its own; exits as that process did."""
-    command = [sys.executable, __file__, *argv, "--side", side, *options]
-    # TRL reports each trainer that is made to the hub; a benchmark is no usage.
-    environment = os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise SystemExit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def require_same(
-    losses: Mapping[str, float], results: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> None:
+def require_same(losses: Mapping[str, float], results: Rounds) -> None:
     """Refuse to compare sides that trained different things.
 
     Raises:
@@ -431,112 +244,107 @@ def require_same(
                 raise JobFailed(f"{peer} trained on other tokens or targets than {OURS}")
 
 
-def ratios(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
-    """Return, for each peer, this program's rate over the peer's, round by round."""
-    return {
-        peer: [
-            own["examples_per_second"] / other["examples_per_second"]
-            for own, other in zip(results[OURS], rounds, strict=True)
-        ]
-        for peer, rounds in results.items()
-        if peer != OURS
-    }
+def share_of(own: Result, result: Result) -> float:
+    """Return which share of the round's matrix rate a side's steps reached."""
+    limit = own["matrix"]
+    needed = sum(limit["operations"].values()) / limit["operations_per_second"]
+    return float(needed / sum(result["seconds_per_step"]))
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the rates, tokens and memory of all sides, one line a side."""
-    lines = [f"{'':18}{'examples/s':>11}{'min':>8}{'max':>8}{'tokens/step':>13}{'peak memory':>14}"]
-    for side, rounds in results.items():
-        rates = [result["examples_per_second"] for result in rounds]
-        tokens = statistics.mean(result["tokens_per_step"] for result in rounds)
-        memory = max(result["peak_memory_bytes"] for result in rounds) / 2**20
-        lines.append(
-            f"{side:18}{statistics.median(rates):11.2f}{min(rates):8.2f}{max(rates):8.2f}"
-            f"{tokens:13.0f}{memory:10.0f} MiB"
-        )
-    return "\n".join(lines)
+def with_shares(results: Rounds) -> None:
+    """Write down each side's share of the machine's rate."""
+    for rounds in results.values():
+        for own, result in zip(results[OURS], rounds, strict=True):
+            result["share_of_matrix_rate"] = share_of(own, result)
 
 
-def report(
-    losses: Mapping[str, float],
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-    given: argparse.Namespace,
-) -> str:
+def report(losses: Mapping[str, float], results: Rounds, given: argparse.Namespace) -> str:
     """Return everything that is printed."""
     one = results[OURS][0]
-    machine = one["environment"]
-    versions = {
-        name: version
-        for rounds in results.values()  # only TRL's own processes know its version
-        for name, version in rounds[0]["environment"]["versions"].items()
-        if version is not None
-    }
-    shown = [name for name in ("torch", "transformers", "peft", "trl") if name in versions]
+    method = one["method"]
+    size = f"rank {method['rank']}" if "rank" in method else f"prefix {method['prefix_length']}"
     lines = [
-        f"{given.recipe}: {machine['model']}, {one['method']['kind']} rank "
-        f"{one['method']['rank']}, {one['dtype']} on {one['device']}, batch {given.batch_size}, "
-        "completion-only loss",
+        f"{given.recipe}: {one['model']}, {method['kind']} {size}, {one['dtype']} on "
+        f"{one['device']}, batch {given.batch_size}, completion-only loss",
         f"{given.rounds} rounds of {given.steps} steps after {WARM_UP} for warming up; "
-        f"seed {given.seed}; {machine['started']}",
-        f"{machine['cpu'] or platform.machine()}, {machine['cores']} cores, "
-        f"{one['threads']} threads; " + ", ".join(f"{name} {versions[name]}" for name in shown),
+        f"seed {given.seed}",
+        *harness.machine_lines(results, *SHOWN),
         "",
-        table(results),
+        harness.rates_table(
+            results,
+            RATE,
+            ("tokens/step", lambda result: f"{result['tokens_per_step']:.0f}"),
+            ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"),
+        ),
+        "",
+        *matrix_lines(results[OURS]),
     ]
     own = statistics.mean(result["tokens_of_rows_per_step"] for result in results[OURS])
-    lines += ["", f"{own:.0f} tokens in a step's rows, without padding and without sharing"]
+    lines.append(f"{own:.0f} tokens in a step's rows, without padding and without sharing")
     targets = sum(result["targets"] for result in results[OURS])
     lines.append(f"{targets} targets, the same after the same tokens on every side")
-    for peer, values in ratios(results).items():
-        each = ", ".join(f"{value:.2f}" for value in values)
+    for peer, values in harness.ratios(results, RATE).items():
         apart = max(
             abs(a["losses"][0] - b["losses"][0])
             for a, b in zip(results[OURS], results[peer], strict=True)
         )
+        memory = [
+            max(result["peak_memory_bytes"] for result in results[side]) for side in (OURS, peer)
+        ]
         lines.append(
-            f"{OURS} / {peer}: {statistics.median(values):.2f}x (rounds: {each}); first losses "
-            f"differ by {abs(losses[peer] - losses[OURS]):.1e} in float32"
+            f"{harness.ratio_line(peer, values)}, {memory[0] / memory[1]:.0%} of its memory; "
+            f"first losses differ by {abs(losses[peer] - losses[OURS]):.1e} in float32"
             + (f", {apart:.1e} in {one['dtype']}" if one["dtype"] != "float32" else "")
         )
     return "\n".join(lines)
 
 
+def matrix_lines(rounds: Sequence[Result]) -> list[str]:
+    """Return the lines on the machine's rate and on what a step needs."""
+    rates = [result["matrix"]["operations_per_second"] / 1e9 for result in rounds]
+    kinds = rounds[0]["matrix"]["operations"]
+    steps = len(rounds[0]["matrix"]["nodes"])
+    total = sum(kinds.values())
+    parts = ", ".join(f"{kind} {count / total:.0%}" for kind, count in kinds.items())
+    at = rounds[0]["matrix"]["measured_at"]
+    return [
+        f"matrix products alone at {at['nodes']} nodes and {at['logits']} logits: "
+        f"{statistics.median(rates):.1f} GFLOP/s ({min(rates):.1f} to {max(rates):.1f})",
+        f"a step needs {total / steps / 1e9:.1f} GFLOP of distinct tokens: {parts}",
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    from llm_emo.errors import EmoError
-    from llm_emo.runs import write_json
-
     argv = sys.argv[1:] if argv is None else argv
     given = arguments(argv)
-    try:
+
+    def body() -> None:
         if given.side:
             print(json.dumps(measure(given)))
-            return 0
-        sides = (OURS, *given.peers)
-        print("checking that all sides have the same loss in float32", file=sys.stderr, flush=True)
-        losses = {side: run_side(argv, side, "--check")["loss"] for side in sides}
-        results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+            return
+        sides = (OURS, *peers_for(given, recipe_of(given).method.kind))
+        harness.tell("checking that all sides have the same loss in float32")
+        losses = {side: run(argv, side, "--check")["loss"] for side in sides}
+        require_same(losses, {side: [] for side in sides})
+        results = harness.take_turns(
+            sides, given.rounds,
+            lambda side, turn: run(argv, side, "--round", str(turn)), rate=RATE,
+        )  # fmt: skip
         require_same(losses, results)
-        for turn in range(given.rounds):
-            for side in sides:
-                result = run_side(argv, side, "--round", str(turn))
-                results[side].append(result)
-                print(
-                    f"round {turn + 1}: {side}: {result['examples_per_second']:.2f} examples/s",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-        require_same(losses, results)
-        if given.output:
-            content = {
-                "command": shlex.join(["scripts/bench/train.py", *argv]), "seed": given.seed,
-                "first_loss_in_float32": losses, "ratios": ratios(results), "results": results,
-            }  # fmt: skip
-            write_json(given.output, content)
+        with_shares(results)
+        harness.write(
+            given, "train.py", argv, first_loss_in_float32=losses,
+            ratios=harness.ratios(results, RATE), results=results,
+        )  # fmt: skip
         print(report(losses, results, given))
-    except EmoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return harness.main(body)
+
+
+def run(argv: Sequence[str], side: str, *options: str) -> Result:
+    """Measure one side once in a process of its own."""
+    return harness.run(__file__, argv, "--side", side, *options)
 
 
 if __name__ == "__main__":

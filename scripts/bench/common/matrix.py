@@ -1,0 +1,191 @@
+"""How many operations a step needs, and how fast this machine multiplies matrices of its shapes.
+
+Operations are those that no exact implementation can leave out, counted from distinct tokens: two
+for each multiply-add of the frozen linear layers, forward and, in training, backward to their
+inputs; of the adapter, whose weights have gradients too; of the head at the nodes with targets;
+of attention along each token's own path. Norms, activations, softmax, rotations and the optimiser
+are not counted, although they take time. Padding and repeated beginnings are not counted either:
+who computes them reaches less of the machine's rate.
+
+Letters: N nodes, T nodes with logits.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FIRST_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+"""Layers that read the embeddings in the first block: frozen, they need no gradient there."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the base model: name, inputs, outputs, rank of its LoRA (0: none)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+    first: bool
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of one token."""
+        return self.inputs * self.outputs
+
+
+def linears(model: Any) -> tuple[list[Linear], Linear]:
+    """Return the base model's linear layers in the order of their modules, and the head."""
+    from torch import nn
+
+    found: list[Linear] = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        head = model.base.get_output_embeddings()
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", module)
+        if name.endswith(".base_layer") or not isinstance(base, nn.Linear) or base is head:
+            continue
+        if ".lora_" in name or "encoder.transform" in name:
+            continue
+        ranks = getattr(module, "r", {})
+        short = name.rpartition(".")[2]
+        found.append(
+            Linear(
+                name=name,
+                inputs=base.in_features,
+                outputs=base.out_features,
+                rank=sum(ranks.values()) if isinstance(ranks, dict) else 0,
+                first=short in FIRST_INPUTS and ".layers.0." in name,
+            )
+        )
+    last = Linear("head", head.in_features, head.out_features, 0, first=False)
+    return found, last
+
+
+def operations(
+    model: Any, *, nodes: int, logits: int, pairs: int, training: bool
+) -> dict[str, float]:
+    """Count the operations of a pass, by kind.
+
+    Args:
+        model: The adapted model, or a bare one.
+        nodes: Distinct tokens.
+        logits: Nodes that need logits.
+        pairs: Pairs of a node and a node of its path, itself and a prefix included.
+        training: Whether gradients are computed.
+    """
+    layers, head = linears(model)
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2.0 * pairs * config.num_attention_heads * width * config.num_hidden_layers
+    frozen = sum(layer.products * (2 if training and not layer.first else 1) for layer in layers)
+    # Gradients of both LoRA matrices and of their inputs, beside the forward products.
+    adapter = sum(
+        layer.rank * (layer.inputs + layer.outputs) * (3 if training else 1)
+        - (layer.rank * layer.inputs if training and layer.first else 0)
+        for layer in layers
+    )
+    return {
+        "linear": 2.0 * nodes * frozen,
+        "adapter": 2.0 * nodes * adapter,
+        "head": 2.0 * logits * head.products * (2 if training else 1),
+        # Scores and values; backward, a product for each of both factors of each.
+        "attention": 2.0 * attention * (3 if training else 1),
+    }
+
+
+def pairs_in(depths: Sequence[int], prefix: int = 0) -> int:
+    """Count what all nodes attend to: as much as they lie deep, and a prefix."""
+    return sum(depth + 1 + prefix for depth in depths)
+
+
+def rate(model: Any, *, nodes: int, logits: int, training: bool, repeats: int = 5) -> float:
+    """Measure this machine's operations per second on the step's own matrix products alone.
+
+    All frozen linear layers in their order, each with its own weights (so that they come from
+    memory as they do in a step), over as many rows as there are nodes; the head over those with
+    logits; in training all of them backward to their inputs too. The median of `repeats`.
+    """
+    import torch
+
+    from common.harness import synchronise
+
+    layers, head = linears(model)
+    modules = dict(model.named_modules())
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    weights = []
+    for layer in (*layers, head):
+        module = modules.get(layer.name)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or weight.shape != (layer.outputs, layer.inputs):  # the head; packed ones
+            weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=device)
+        weights.append(weight.detach())
+    rows = [nodes] * len(layers) + [max(logits, 1)]
+    ready = {
+        (count, size): torch.randn(count, size, dtype=dtype, device=device)
+        for layer, count in zip((*layers, head), rows, strict=True)
+        for size in (layer.inputs, layer.outputs)
+    }
+    backward = [training and not layer.first for layer in (*layers, head)]
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            synchronise()
+            started = time.perf_counter()
+            for weight, count in zip(weights, rows, strict=True):
+                torch.nn.functional.linear(ready[count, weight.shape[1]], weight)
+            for weight, count, wanted in zip(weights, rows, backward, strict=True):
+                if wanted:
+                    ready[count, weight.shape[0]] @ weight
+            synchronise()
+            seconds.append(time.perf_counter() - started)
+    counted = sum(
+        2.0 * count * layer.products * (1 + wanted)
+        for layer, count, wanted in zip((*layers, head), rows, backward, strict=True)
+    )
+    return counted / statistics.median(seconds[1:])
+
+
+def trie_sizes(sequences: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
+    """Return the nodes of sequences' trie and all their depths."""
+    from llm_emo.trie import TokenTrie
+
+    trie = TokenTrie.build(sequences)
+    return len(trie), trie.depth.tolist()
+
+
+def of_step(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, prefix: int = 0
+) -> tuple[dict[str, float], int, int]:
+    """Count a training step over rows (prompt, answer); return operations, nodes, logits."""
+    nodes, depths = trie_sizes([(*prompt, *answer[:-1]) for prompt, answer in rows])
+    logits = len({(*prompt, *answer[:at]) for prompt, answer in rows for at in range(len(answer))})
+    counted = operations(
+        model, nodes=nodes, logits=logits, pairs=pairs_in(depths, prefix), training=True
+    )
+    return counted, nodes, logits
+
+
+def of_scoring(
+    model: Any,
+    groups: Iterator[Sequence[Sequence[int]]],
+    answers: Sequence[Sequence[int]],
+    *,
+    prefix: int = 0,
+) -> tuple[float, list[tuple[int, int]]]:
+    """Count scoring of groups of prompts, a pass each; return operations, (nodes, logits) each."""
+    total, sizes = 0.0, []
+    read = {tuple(answer[:at]) for answer in answers for at in range(len(answer))}
+    for prompts in groups:
+        nodes, depths = trie_sizes([(*p, *a[:-1]) for p in prompts for a in answers])
+        logits = len({tuple(prompt) for prompt in prompts}) * len(read)
+        counted = operations(
+            model, nodes=nodes, logits=logits, pairs=pairs_in(depths, prefix), training=False
+        )
+        total += sum(counted.values())
+        sizes.append((nodes, logits))
+    return total, sizes
