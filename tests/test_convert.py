@@ -357,6 +357,21 @@ def test_a_download_with_holes_is_refused(write, tmp_path):
     refused(source, tmp_path / "native", shard.name, "checksum")
 
 
+def test_a_checkpoint_that_torch_saved_without_checksums_is_not_called_damaged(write, tmp_path):
+    source = write()
+    state = weights_in(source)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, source / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(source / "pytorch_model.bin") as archive:
+        assert archive.testzip() is not None, "what a zip reader calls damaged"
+    convert(source, tmp_path / "native")
+    convert(write("summed"), tmp_path / "other")
+    assert same(weights_in(tmp_path / "native"), weights_in(tmp_path / "other"))
+
+
 def test_a_pointer_in_place_of_a_shard_is_told_from_damage(write, tmp_path):
     source = write(shards=2)
     shard = next(source.glob("*-00001-of-*"))
