@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -209,12 +209,12 @@ def read_lora(folder: Path) -> Lora:
     where, config = folder / CONFIG_FILE, read_config(folder)
     _refuse_unknown(where, config, _LORA_KEYS)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
+    if not _whole(rank) or rank < 1:
         raise AdapterError(f"{where}: r is {rank!r}, expected a whole number above 0")
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+    if not ((_whole(alpha) or isinstance(alpha, float)) and math.isfinite(alpha)):
         raise AdapterError(f"{where}: lora_alpha is {alpha!r}, expected a number")
     dropout = config.get("lora_dropout") or 0.0
-    if not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
+    if not ((_whole(dropout) or isinstance(dropout, float)) and 0 <= dropout <= 1):
         raise AdapterError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to 1")
     path = weights_of(folder)
     pairs = _pairs(path, rank)
@@ -234,6 +234,11 @@ def read_lora(folder: Path) -> Lora:
         base=name if isinstance(name, str) and name else None,
         files={path.name: sha256_of(path)},
     )
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    """Whether JSON has a whole number here; Python takes its `true` for a 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_unknown(where: Path, config: Mapping[str, Any], known: set[str]) -> None:
@@ -338,7 +343,7 @@ def read_prefix_shape(folder: Path) -> PrefixShape:
     where, config = folder / CONFIG_FILE, read_config(folder)
     _refuse_unknown(where, config, _PREFIX_KEYS)
     for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"):
-        if not isinstance(config.get(key), int):
+        if not _whole(config.get(key)):
             raise AdapterError(f"{where}: {key} is {config.get(key)!r}, expected a number")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise AdapterError(f"{where}: num_transformer_submodules is not 1: not of a decoder")
