@@ -358,7 +358,8 @@ def _write_weights(
     where: dict[str, str] = {}
     total = 0
     to_read = sum(file.stat().st_size for file in checkpoint.files)
-    with tqdm(total=to_read + checkpoint.bytes, desc="convert", unit="B", unit_scale=True) as bar:
+    to_write = weights.size_of({t.name: (t.dtype or usual, t.shape) for t in targets})
+    with tqdm(total=to_read + to_write, desc="convert", unit="B", unit_scale=True) as bar:
         for file, group in groups.items():
             inputs[file.name] = weights.verify(file, bar.update)
             if not group:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -53,13 +54,31 @@ def appearing(output: Path, need: int = 0) -> Iterator[Path]:
                 )
             hidden.mkdir()
             yield hidden
+            # A machine that goes down must not leave the name with files that are not there.
+            for path in (*hidden.rglob("*"), hidden):
+                _sync(path)
             if output.exists():
                 output.rmdir()
             hidden.rename(output)
+            _sync(output.parent)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    if os.name == "nt":  # opens no folders, and syncs only what was opened for writing
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks sync no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

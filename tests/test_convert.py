@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_emo import convert as convert_module
 from llm_emo import folders, recipes
 from llm_emo.convert import convert
 from llm_emo.errors import AdapterError, EmoError, JobFailed, ModelError, RunError
@@ -616,6 +617,37 @@ def test_a_killed_conversion_leaves_no_output_and_the_next_one_is_clean(write, t
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (output, tmp_path / "other")
     )
     assert one == other
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_progress_bar_ends_at_its_total_either_way(write, tmp_path, monkeypatch, shards):
+    bars = []
+
+    class Kept(convert_module.tqdm):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            bars.append(self)
+
+    monkeypatch.setattr(convert_module, "tqdm", Kept)
+    # In one direction the frequencies are read and not written, in the other the reverse.
+    convert(write(shards=shards), tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "back", to="chatglm2")
+    assert INV_FREQ in weights_in(tmp_path / "back")
+    assert [(bar.n, bar.total) for bar in bars] == [(bar.total, bar.total) for bar in bars]
+    assert len(bars) == 2
+
+
+def test_what_appears_is_on_the_disk_before_its_name_is(write, tmp_path, monkeypatch):
+    synced, real, output = [], os.fsync, tmp_path / "native"
+
+    def noting(handle):
+        synced.append((os.fstat(handle).st_ino, output.exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    convert(write(shards=2), output)
+    assert {(path.stat().st_ino, False) for path in (output, *output.iterdir())} <= set(synced)
+    assert synced[-1] == (tmp_path.stat().st_ino, True), "the new name itself"
 
 
 def test_an_interrupted_conversion_removes_what_it_wrote(write, tmp_path, monkeypatch):
