@@ -159,7 +159,11 @@ class Batches:
 
 @dataclass(frozen=True)
 class Passes:
-    """All passes of one evaluation: groups of prompts, their nodes, and the nodes with logits."""
+    """All passes of one evaluation: groups of prompts, their nodes, and the nodes with logits.
+
+    What all prompts begin with is counted in every pass, as `tokens_per_pass` counts it, also
+    where it is run only once; so operations are an upper bound.
+    """
 
     prompts: Sequence[Ids]
     groups: list[list[int]]

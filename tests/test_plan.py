@@ -89,7 +89,11 @@ def test_passes_are_those_of_an_evaluation(tiny_folder, mode, monkeypatch):
             model, work.prompts, ends=frozenset(), max_new_tokens=3, tokens_per_pass=100
         ))  # fmt: skip
     assert len(found.groups) > 1
-    assert found.nodes.tolist() == [len(trie) for trie in built]
+    # What all prompts begin with may be run once and for all, in front of the first pass.
+    once = [len(trie) for trie in built[: len(built) - len(found.groups)]]
+    behind = [len(trie) for trie in built[len(once) :]]
+    assert len(once) <= 1
+    assert found.nodes.tolist() == [nodes + sum(once) for nodes in behind]
 
 
 def test_a_suggestion_fits_and_is_a_recipe(tiny_folder):
