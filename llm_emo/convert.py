@@ -13,7 +13,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -110,14 +110,7 @@ def _is_adapter(source: Path) -> bool:
     """Whether this is LoRA, or P-Tuning v2 with or without the base model around it."""
     if (source / "adapter_config.json").is_file():
         return True
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path, index = source / name, source / f"{name}.index.json"
-        names: Iterable[str] = weights.names_in(index) if index.is_file() else ()
-        if not names and path.is_file():
-            names = weights.read(path)
-        if any(key.startswith(chatglm2.PREFIX_ENCODER) for key in names):
-            return True
-    return False
+    return weights.file_holding(source, chatglm2.PREFIX_ENCODER) is not None
 
 
 # --- what there is to convert --------------------------------------------------------------------

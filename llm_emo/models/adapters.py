@@ -8,25 +8,24 @@ versions pass over the keys that they do not know.
 Letters: r rank, P prefix length, M layers, G key-value heads, D head dimension.
 """
 
+import contextlib
 import io
 import json
 import math
-import pickle
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llm_emo import methods, recipes
-from llm_emo.errors import AdapterError
+from llm_emo.errors import AdapterError, ModelError
 from llm_emo.fetch import sha256_of
+from llm_emo.machine import say
+from llm_emo.models import weights
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -79,11 +78,6 @@ class Lora:
         return tuple(sorted({path.rpartition(".")[2] for path in self.pairs}))
 
 
-def say(text: str) -> None:
-    """Write a line of progress."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
 def kind(folder: Path) -> Kind | None:
     """Return which adapter a folder in PEFT's layout holds; None for another folder.
 
@@ -116,17 +110,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(f"{folder}: no adapter: it holds no {CONFIG_FILE}")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path}: found no JSON object")
-    return content
+    with _of_an_adapter():
+        return weights.read_json(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file; those of a `.bin` are mapped, not loaded.
+    """Return the tensors of a weights file, mapped.
 
     A `.bin` is a pickle: torch's restricted unpickler reads it, which takes plain tensors only.
     That is no full protection against a file that was made to do harm, so its hash is printed.
@@ -134,45 +123,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         AdapterError: the file is damaged, or holds something else than tensors by name.
     """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
-    say(f"{path}: a pickle, read as plain tensors only; SHA-256 {sha256_of(path)}")
-    return read_pickle(path)
+    if path.suffix != ".safetensors":
+        say(f"{path}: a pickle, read as plain tensors only; SHA-256 {sha256_of(path)}")
+    with _of_an_adapter():
+        return weights.read(path)
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.bin`, mapped, without a word: see `read_weights`.
-
-    Raises:
-        AdapterError: the file is damaged, or holds something else than tensors by name.
-    """
+@contextlib.contextmanager
+def _of_an_adapter() -> Iterator[None]:
+    """Say of an adapter's file what is said of any."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{path}: cannot be read as plain tensors: {reason}") from error
-    named = isinstance(content, dict) and all(
-        isinstance(value, Tensor) for value in content.values()
-    )
-    if not named:
-        raise AdapterError(f"{path}: found a {type(content).__name__}, expected tensors by name")
-    return dict(content)
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a safetensors file, whose data stays on the disk.
-
-    Raises:
-        AdapterError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
+        yield
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
 
 
 def write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -397,8 +360,8 @@ def _prefix_method(folder: Path) -> recipes.PTuningV2:
     encoder = folder / methods.PREFIX_FILE
     size, inputs = None, shape.token_dim
     # Without the encoder there is only what it computed: a prefix as any other.
-    if encoder.is_file() and (first := shapes_in(encoder).get("encoder.transform.0.weight")):
-        size, inputs = first
+    if encoder.is_file() and "encoder.transform.0.weight" in (state := read_weights(encoder)):
+        size, inputs = state["encoder.transform.0.weight"].shape
     return recipes.PTuningV2(
         kind="p_tuning_v2",
         prefix_length=shape.length,

@@ -18,7 +18,7 @@ def kind(source: Path) -> adapters.Kind | None:
         AdapterError: it holds one of each, or one of another method.
     """
     found = adapters.kind(source)
-    encoder = chatglm2_prefix.weights_file(source)
+    encoder = weights.file_holding(source, PREFIX_ENCODER)
     if found and encoder:
         raise AdapterError(
             f"{source}: holds two adapters, {adapters.CONFIG_FILE} and a prefix encoder in "
@@ -50,7 +50,7 @@ def to_native(source: Path, output: Path, *, base: Path | None = None) -> dict[s
         JobFailed: the disk failed.
     """
     runs.require_free(output)
-    encoder = chatglm2_prefix.weights_file(source)
+    encoder = weights.file_holding(source, PREFIX_ENCODER)
     match kind(source):
         case "lora":
             adapter = adapters.read_lora(source)
@@ -99,7 +99,7 @@ def to_chatglm2(source: Path, output: Path, *, base: Path | None = None) -> dict
         JobFailed: the disk failed.
     """
     runs.require_free(output)
-    encoder = chatglm2_prefix.weights_file(source)
+    encoder = weights.file_holding(source, PREFIX_ENCODER)
     match kind(source):
         case "lora":
             adapter = adapters.read_lora(source)

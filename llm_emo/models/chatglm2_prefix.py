@@ -8,8 +8,6 @@ length, which is what `methods.save_adapter` writes.
 Letters: P prefix length, M layers, G key-value heads, D head dimension; width 2*M*G*D.
 """
 
-import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +21,11 @@ from transformers import AutoModelForCausalLM, GlmConfig
 from llm_emo import methods, recipes
 from llm_emo.errors import AdapterError
 from llm_emo.fetch import sha256_of
+from llm_emo.machine import say
 from llm_emo.models import adapters
 from llm_emo.models.chatglm2 import PREFIX_ENCODER, Layout
 from llm_emo.models.prefix import PTuningV2Model
-from llm_emo.models.weights import names_in
+from llm_emo.models.weights import read_json
 
 _NAMES = {
     "embedding.weight": "encoder.embedding.weight",
@@ -54,55 +53,16 @@ class TuningConfig:
 # --- the original's side ----------------------------------------------------------------------
 
 
-def weights_file(source: Path) -> Path | None:
-    """Return the file that holds the original's prefix encoder; None where there is none.
-
-    Raises:
-        AdapterError: an index parts the encoder.
-        ModelError: an index is damaged.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, single = source / f"{name}.index.json", source / name
-        if index.is_file():
-            files = {
-                file for key, file in names_in(index).items() if key.startswith(PREFIX_ENCODER)
-            }
-            if len(files) > 1:
-                raise AdapterError(
-                    f"{index}: {PREFIX_ENCODER}* lies in {len(files)} files; expected one"
-                )
-            if files:
-                return source / files.pop()
-        elif single.is_file() and any(key.startswith(PREFIX_ENCODER) for key in _names_in(single)):
-            return single
-    return None
-
-
-def _names_in(path: Path) -> list[str]:
-    """Return the names in a weights file; none of a file that cannot be read.
-
-    This only asks whether there is a prefix; whoever reads the file says what is wrong with it.
-    """
-    with contextlib.suppress(AdapterError):
-        if path.suffix == ".safetensors":
-            return list(adapters.shapes_in(path))
-        return list(adapters.read_pickle(path))
-    return []
-
-
 def read_config(source: Path) -> TuningConfig | None:
     """Read the config.json that the tuning script wrote beside its weights, if it is there.
 
     Raises:
-        AdapterError: it is no JSON object.
+        ModelError: it is no JSON object.
     """
     path = source / "config.json"
     if not path.is_file():
         return None
-    try:
-        content = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{path}: cannot be read as a JSON object: {error}") from error
+    content = read_json(path)
     plain = {key: value for key, value in content.items() if key not in _TUNING_KEYS}
     projection = content.get("prefix_projection")
     return TuningConfig(
@@ -142,7 +102,7 @@ def read(
         if name.startswith(PREFIX_ENCODER)
     }
     if len(content) > len(state):
-        adapters.say(
+        say(
             f"{weights}: {len(content) - len(state)} other tensors are left out; the base model "
             "is converted from its own checkpoint"
         )

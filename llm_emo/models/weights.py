@@ -6,6 +6,7 @@ twice. Writing takes one tensor at a time for the same reason: `safetensors.torc
 wants a whole file's tensors at once.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -84,6 +85,31 @@ def names_in(index: Path) -> dict[str, str]:
     if outside := [name for name in where.values() if Path(name).name != name]:
         raise ModelError(f"{index}: names {outside[0]!r}, which is no file of its own folder")
     return where
+
+
+def file_holding(folder: Path, prefix: str) -> Path | None:
+    """Return the file in which the tensors lie whose names begin with `prefix`, if there is one.
+
+    This only asks where they are: a file that cannot be read holds none, and whoever reads it
+    says what is wrong with it.
+
+    Raises:
+        ModelError: an index is damaged, or parts these tensors.
+    """
+    for index_name, single, _ in _FORMATS:
+        index, path = folder / index_name, folder / single
+        if index.is_file():
+            names = names_in(index)
+            files = {file for name, file in names.items() if name.startswith(prefix)}
+            if len(files) > 1:
+                raise ModelError(f"{index}: {prefix}* lies in {len(files)} files; expected one")
+            if files:
+                return folder / files.pop()
+        elif path.is_file():
+            with contextlib.suppress(ModelError):
+                if any(name.startswith(prefix) for name in read(path)):
+                    return path
+    return None
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -694,18 +694,23 @@ def test_a_folder_that_holds_something_is_left_alone(original, layout, tmp_path)
     assert sorted(path.name for path in source.iterdir()) == before
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused(original, layout, tmp_path):
+def test_a_pickle_that_is_no_file_of_tensors_is_refused_with_what_it_is(original, layout, tmp_path):
     source = write_lora(tmp_path / "own", fused_tensors(layout))
-    torch.save({"weights": shutil.rmtree}, source / "adapter_model.bin")
-    refused(
-        lambda: chatglm2_adapters.to_native(source, tmp_path / "out", base=original),
-        "adapter_model.bin", "plain tensors",
-    )  # fmt: skip
-    (source / "adapter_model.bin").write_bytes(b"PK\x03\x04 cut short")
-    refused(
-        lambda: chatglm2_adapters.to_native(source, tmp_path / "out", base=original),
-        "adapter_model.bin", "plain tensors",
-    )  # fmt: skip
+    path = source / "adapter_model.bin"
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 29368\n"
+    for content, piece in (
+        (b"PK\x03\x04 cut short", "truncated or damaged"),
+        (pointer.encode(), "git-lfs pointer"),
+        (None, "Python objects other than tensors"),
+    ):
+        if content is None:
+            torch.save({"weights": shutil.rmtree}, path)
+        else:
+            path.write_bytes(content)
+        refused(
+            lambda: chatglm2_adapters.to_native(source, tmp_path / "out", base=original),
+            str(path), piece,
+        )  # fmt: skip
 
 
 def test_a_prefix_that_contradicts_its_config_or_base_is_refused(base, layout, tmp_path):
