@@ -166,11 +166,12 @@ def plan(
     The model need not be there. The last line names the fastest way that fits.
     """
     _quiet()
-    experiment, _ = _experiment(recipe, set_, data_root)
-    from llm_emo.plan import plan as estimate
-    from llm_emo.planner import parse_memory
+    from llm_emo.sizes import parse_memory
 
     room = None if gpu_memory is None else parse_memory(gpu_memory)
+    experiment, _ = _experiment(recipe, set_, data_root)
+    from llm_emo.plan import plan as estimate
+
     _print(estimate(experiment, gpu_memory=room, measure=measure), json_, "show_plan")
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llm_emo import recipes
 from llm_emo.encoding import Encoder
 from llm_emo.experiment import Experiment
 from llm_emo.models import auto
@@ -14,11 +15,15 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
     """Encode every split that the recipe needs; return what was found, lengths in tokens.
 
     Raises:
-        ModelError: the tokenizer cannot be used.
+        ModelError: model and tokenizer cannot be used, or not together, or the method names
+            layers that the model has not.
         PromptError: a row leaves no room for its answer.
         ProtocolError: a split that training needs is empty.
     """
-    encoder = _encoder(experiment)
+    recipe, encoder = experiment.recipe, _encoder(experiment)
+    model = auto.sketch(recipe.model)
+    if isinstance(recipe.method, recipes.Lora):
+        auto.require_linear(model, recipe.method.target_modules)
     result: dict[str, Any] = {
         "recipe": str(source),
         "protocol": experiment.protocol.name,
@@ -27,10 +32,11 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         "record": experiment.splits.record,
     }
     for split in SPLITS:
-        needed = split != "test" and experiment.recipe.train is not None
+        needed = split != "test" and recipe.train is not None
         if not needed and not getattr(experiment.splits, split):
             continue
         rows = encoder.encode(experiment.examples(split))
+        auto.require_known(recipe.model.name, model, rows)
         lengths = sorted(len(row.prompt) + len(row.answer) for row in rows)
         result["splits"][split] = {
             "rows": len(rows),

@@ -18,18 +18,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_emo import recipes
 from llm_emo.errors import AdapterError, ModelError
+from llm_emo.models import auto, weights
 from llm_emo.models.prefix import PTuningV2Model as PTuningV2Model
 from llm_emo.models.prefix import p_tuning_v2
 from llm_emo.models.prefix import rotate_keys as rotate_keys
 
 PREFIX_FILE = "prefix_encoder.safetensors"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where PEFT keeps an adapter: now, and before 2023-09."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,7 @@ def adapt(
 
 
 def _lora(base: PreTrainedModel, method: recipes.Lora) -> PeftModel:
-    linear = {
-        name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)
-    }
-    missing = [name for name in method.target_modules if name not in linear]
-    if missing:
-        raise ModelError(
-            f"method.target_modules: {base.config.model_type} has no linear module called "
-            f"{', '.join(missing)} (known: {', '.join(sorted(linear))})"
-        )
+    auto.require_linear(base, method.target_modules)
     model = get_peft_model(
         base,
         LoraConfig(
@@ -221,47 +215,47 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Read into an adapted model what `save_adapter` wrote.
+    """Read into an adapted model what `save_adapter` wrote, or any version of PEFT.
 
     Raises:
         AdapterError: files are absent, or tensors are missing, unexpected or misshapen.
     """
-    weights = folder / "adapter_model.safetensors"
     match model:
         case PTuningV2Model():
             _load_prefix(model, folder)
         case PeftModel():
+            path = weights_of(folder)
             state = {
                 name.replace(".weight", ".default.weight") if ".lora_" in name else name: tensor
-                for name, tensor in _read(weights).items()
+                for name, tensor in read_weights(path).items()
             }
-            load_trainable_state(model, _each_once(model, state, weights), weights)
+            load_trainable_state(model, _each_once(model, state, path), path)
         case _:
-            load_trainable_state(model, _read(folder / "model.safetensors"), folder)
+            load_trainable_state(model, read_weights(folder / "model.safetensors"), folder)
 
 
 def _load_prefix(model: PTuningV2Model, folder: Path) -> None:
-    weights, encoder = folder / "adapter_model.safetensors", folder / PREFIX_FILE
-    state = _read(weights)
+    path, encoder = weights_of(folder), folder / PREFIX_FILE
+    state = read_weights(path)
     if set(state) != {"prompt_embeddings"}:
         raise AdapterError(
-            f"{weights}: found {sorted(state)[:3]}, expected "
+            f"{path}: found {sorted(state)[:3]}, expected "
             "prompt_embeddings; is it a P-Tuning v2 adapter?"
         )
     flat, shape = state["prompt_embeddings"].float(), model.start.shape
     if flat.shape != model.start.flatten(1).shape:
         raise AdapterError(
-            f"{weights}: prompt_embeddings has shape {tuple(flat.shape)}, "
+            f"{path}: prompt_embeddings has shape {tuple(flat.shape)}, "
             f"expected {tuple(model.start.flatten(1).shape)}"
         )
     prefix = rotate_keys(model.base, flat.view(shape).to(model.base.device), -shape[0])
     if encoder.exists():
         before = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
-        load_trainable_state(model, _read(encoder), encoder)
+        load_trainable_state(model, read_weights(encoder), encoder)
         if not torch.allclose(model.prefix().float(), prefix, atol=1e-3, rtol=1e-3):
             load_trainable_state(model, before, encoder)
             raise AdapterError(
-                f"{folder}: {PREFIX_FILE} and {weights.name} hold different prefixes, so one of "
+                f"{folder}: {PREFIX_FILE} and {path.name} hold different prefixes, so one of "
                 "them was exchanged; take both files from one training"
             )
     elif model.peft_config.prefix_projection:
@@ -295,16 +289,32 @@ def _each_once(model: nn.Module, state: dict[str, Tensor], source: Path) -> dict
     return kept
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def weights_of(folder: Path) -> Path:
+    """Return the weights file of a folder in PEFT's layout; safetensors where there are both.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    inside = folder.iterdir() if folder.is_dir() else ()
+    held = ", ".join(sorted(path.name for path in inside)) or "nothing"
+    raise AdapterError(f"{folder}: no {' or '.join(WEIGHTS_FILES)} (it holds {held})")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, mapped.
+
+    Raises:
+        AdapterError: it is absent or damaged, or holds something else than tensors by name.
+    """
     if not path.exists():
-        raise AdapterError(
-            f"{path}: no such file; an adapter folder holds adapter_config.json "
-            "and adapter_model.safetensors"
-        )
+        raise AdapterError(f"{path}: no such file")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: cannot be read as safetensors: {error}") from error
+        return weights.read(path)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
 
 
 FINGERPRINT = "fingerprint.json"

@@ -361,7 +361,12 @@ def source(path_or_name: str) -> Path:
         return resources.folder("recipes") / f"{name}.yaml"
     if path.is_dir():
         raise RecipeError(f"{path_or_name}: is a folder, not a recipe file")
-    raise RecipeError(f"{path_or_name}: no such file or shipped recipe; {nearest(name, known)}")
+    close = nearest(name, known).partition(" (known")[0]
+    raise RecipeError(
+        f"{path_or_name}: no such file or shipped recipe; "
+        + (f"{close} " if "mean" in close else "")
+        + f"(recipes/README.md lists all {len(known)})"
+    )
 
 
 def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -22,6 +22,7 @@ from llm_emo.errors import JobFailed, RecipeError, RunError
 from llm_emo.experiment import Experiment
 from llm_emo.labelling import Labeller, open_labeller
 from llm_emo.machine import processes, say, writing
+from llm_emo.models import auto
 from llm_emo.types import Example
 
 
@@ -149,7 +150,8 @@ def prepare(experiment: Experiment) -> Job:
     base, model = labeller.base, labeller.model
     say(f"{base.name} in {base.dtype} on {base.model.device}: {methods.count_parameters(model)}")
     rows = labeller.encoder.encode(experiment.examples("train"))
-    labeller.encoder.encode(dev)  # found now rather than after an epoch
+    # Found now rather than after an epoch.
+    auto.require_known(base.name, base.model, [*rows, *labeller.encoder.encode(dev)])
 
     micro = min(settings.micro_batch_size, max(1, settings.batch_size // state.num_processes))
     try:

@@ -463,3 +463,21 @@ def test_a_folder_that_cannot_be_written_is_named(here, tiny_folder, monkeypatch
     monkeypatch.setattr(Path, "mkdir", denied)
     told = program.call("train", "mastodon/lora", "-o", here / "run", *program.on(tiny_folder))
     told.refused(str(here / "run"), "Permission denied", code=1)
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_tokenizer_of_another_model_is_refused_before_anything_runs(verb, tmp_path):
+    model = program.save_model(tmp_path / "model", vocab_size=100)
+    output = ["-o", tmp_path / "run"] if verb == "train" else []
+    told = program.call(verb, "mastodon/lora", *output, *program.on(model))
+    told.refused("the model knows 100 tokens", "belongs to another model")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_layers_that_the_model_has_not_are_named_before_anything_runs(verb, tiny_folder, tmp_path):
+    output = ["-o", tmp_path / "run"] if verb == "train" else []
+    other = "method.target_modules=[query_key_value]"
+    told = program.call(verb, "mastodon/lora", *output, *program.on(tiny_folder, other))
+    told.refused("query_key_value", "q_proj, k_proj and v_proj")
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from llm_emo import attention, recipes
-from llm_emo.errors import JobFailed, ModelError
+from llm_emo.encoding import Encoded
+from llm_emo.errors import JobFailed, ModelError, nearest
 from llm_emo.models import bundled, quantised, weights
 
 # Of the config, what a user may change without changing the function that is computed.
@@ -189,6 +190,54 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
     quantised.settle(model)
     files = weight_files(spec, getattr(model.config, "_commit_hash", None))
     return Base(model, tokenizer, spec.name, spec.revision, hash_weights(model, files))
+
+
+def sketch(spec: recipes.Model) -> PreTrainedModel:
+    """Return the model without weights, on the meta device: its layers, names and shapes.
+
+    Raises:
+        ModelError: absent, of an unknown architecture, or in need of remote code.
+        JobFailed: the hub cannot be reached.
+    """
+    source, arguments = _source(spec)
+    with _explained(spec), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def require_linear(model: nn.Module, names: Sequence[str]) -> None:
+    """Hold that `model` has linear layers of these names.
+
+    Raises:
+        ModelError: it has not; the message names those that it has.
+    """
+    linear = {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    missing = [name for name in names if name not in linear]
+    if missing:
+        kind = model.config.model_type  # type: ignore[union-attr]
+        raise ModelError(
+            f"method.target_modules: {kind} has no linear module called {', '.join(missing)}; "
+            f"{nearest(missing[0], linear)}"
+            + ("; ChatGLM2's query_key_value is q_proj, k_proj and v_proj here"
+               if "query_key_value" in missing and "q_proj" in linear else "")
+        )  # fmt: skip
+
+
+def require_known(name: str, model: nn.Module, rows: Iterable[Encoded]) -> None:
+    """Hold that `model` has an embedding for every token of these rows.
+
+    Raises:
+        ModelError: it has not.
+    """
+    words = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max((max(row.prompt + row.answer) for row in rows), default=0)
+    if largest >= words:
+        raise ModelError(
+            f"{name}: its tokenizer gives token {largest}, but the model knows {words} tokens; "
+            "the tokenizer belongs to another model"
+        )
 
 
 def _revision(spec: recipes.Model) -> dict[str, Any]:
