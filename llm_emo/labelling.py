@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from llm_emo import methods, parsing, recipes, runs
 from llm_emo.encoding import Encoder
-from llm_emo.errors import AdapterError, RunError
+from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
 from llm_emo.fetch import sha256_of
 from llm_emo.inference import generate, score
@@ -259,13 +259,8 @@ def header(experiment: Experiment, trained: runs.Run | Foreign | None, split: Sp
 
 def _adapter_sum(trained: runs.Run | Foreign) -> str:
     folder = trained.adapter if isinstance(trained, runs.Run) else trained.folder
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        if (folder / name).is_file():
-            return sha256_of(folder / name)
-    raise AdapterError(
-        f"{folder}: holds no adapter_model.safetensors; where there is an adapter_model.bin, load "
-        "it with PEFT and save it again"
-    )
+    whole = folder / "model.safetensors"  # of full training
+    return sha256_of(whole if whole.is_file() else methods.weights_of(folder))
 
 
 def _settings(recipe: recipes.Recipe) -> str:
