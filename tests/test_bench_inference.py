@@ -57,3 +57,22 @@ def test_a_report_of_scores_shows_ratios_shares_and_agreement():
     assert "30 distinct tokens of 200" in text
     row = next(line for line in text.splitlines() if line.startswith("llm_emo "))
     assert row.split() == ["llm_emo", "20.00", "20.00", "20.00", "20%", "1", "MiB"]
+
+
+# --- generation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "glm"])
+def test_left_padded_generation_writes_what_the_trie_writes(architecture):
+    generation = load("generate")
+    model = tiny.model(architecture)
+    prompts = [row.prompt for row in tiny.encoded(12, seed=3)]
+    first = generation.by_trie(model, prompts, end=2, max_new_tokens=8, tokens_per_pass=60)[1]
+    end = first[0][2]  # a token that ends some rows early
+    _, ours = generation.by_trie(model, prompts, end=end, max_new_tokens=8, tokens_per_pass=60)
+    _, padded = generation.by_padding(model, prompts, end=end, max_new_tokens=8, batch_size=5)
+    assert padded == ours
+    assert len({len(row) for row in ours}) > 1
+    generation.require_same({"llm_emo": ours, "padded": padded})
+    with pytest.raises(JobFailed, match="padded writes other tokens"):
+        generation.require_same({"llm_emo": ours, "padded": [*padded[:-1], (1, 2, 3)]})
