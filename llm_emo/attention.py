@@ -1,9 +1,10 @@
 """Attention over a prepared mask, with an optional trained prefix.
 
-One implementation for every method, registered with transformers under `NAME`. On a GPU, in
-float32, and for large passes it is SDPA. On a CPU in bfloat16 three plain operations (scores,
-softmax, values) took less than half the time of SDPA's kernel, measured on a CPU with AVX512-BF16
-and no matrix tiles; what they cost is the memory of the scores, so large passes leave them alone.
+One implementation for every method, registered with transformers under `NAME`. Over a trie that
+is cut in pieces it is `branches.attend`. Otherwise, on a GPU, in float32, and for large passes it
+is SDPA; on a CPU in bfloat16 three plain operations (scores, softmax, values) took less than half
+the time of SDPA's kernel, measured on a CPU with AVX512-BF16 and no matrix tiles; what they cost
+is the memory of the scores, so large passes leave them alone.
 
 Letters: B batch, H heads, G key-value heads, Q queries, K keys, P prefix length, M layers,
 D head dimension.
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from llm_emo.branches import Branches, attend
 
 NAME = "llm_emo"
 
@@ -30,16 +33,21 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     prefix: Tensor | None = None,
+    branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend from (B, H, Q, D) to (B, G, K, D); return (B, Q, H, D).
 
     `prefix`, shape (P, 2M, G, D), holds the un-rotated keys and values of all layers; every
-    query sees those of its layer.
+    query sees those of its layer. With `branches` the mask is not looked at.
     """
+    both = None
     if prefix is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         both = prefix[:, 2 * layer : 2 * layer + 2].to(key.dtype)  # (P, 2, G, D)
+    if branches is not None:
+        return attend(query, key, value, branches, both, kwargs.get("scaling")), None
+    if both is not None:
         batch = key.shape[0]
         own_key, own_value = (part.expand(batch, -1, -1, -1) for part in both.permute(1, 2, 0, 3))
         key = torch.cat([own_key, key], dim=2)

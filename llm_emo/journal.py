@@ -2,8 +2,6 @@
 
 `<split>.predictions.jsonl.partial` is only ever appended to, so a dead job has lost at most the
 rows since its last flush. When all are there, the file is written under its final name.
-
-However many rows there are, of those behind it a journal remembers the uids alone.
 """
 
 import os
@@ -18,10 +16,10 @@ from llm_emo.predictions import (
     Header,
     disk_failed,
     header_line,
-    lines,
+    parse,
+    read,
+    read_bytes,
     row_line,
-    rows_at,
-    stream,
     write,
 )
 from llm_emo.types import Prediction
@@ -34,7 +32,6 @@ class Journal:
     the file was opened, if anything. Call `flush` after each batch and `finish` at the end.
 
     >>> import tempfile
-    >>> from llm_emo.predictions import read
     >>> header = Header(protocol="p", dataset="d", split="test", labels=("joy", "fear"),
     ...     files={}, run=None, model="m", revision=None, adapter=None, versions={},
     ...     mode="generate", prompt="paper")
@@ -79,20 +76,17 @@ class Journal:
 
     def _continue(self) -> None:
         """Take over the complete lines that are there, and cut off a half-written one."""
-        half = 0
-        for line in lines(self.partial):
-            if line.endswith(b"\n"):
-                self._size += len(line)
-            else:
-                half = len(line)
+        content = read_bytes(self.partial)
+        complete, line_feed, half = content.rpartition(b"\n")
+        self._size = len(complete) + len(line_feed)
         if half:
-            self.note = f"{self.partial}: dropped a half-written last line ({half} bytes)"
+            self.note = f"{self.partial}: dropped a half-written last line ({len(half)} bytes)"
             self._cut()
-        if not self._size:
+        if not line_feed:
             self._pending += header_line(self.header)
             self.flush()
             return
-        found, rows = stream(self.partial)
+        found, rows = parse(self.partial, complete + line_feed)
         if found != self.header:
             keys = [
                 key
@@ -104,7 +98,7 @@ class Journal:
                 f"{getattr(found, keys[0])!r}, expected {getattr(self.header, keys[0])!r}; "
                 "delete the file to begin anew, or write to another folder"
             )
-        self.done = {prediction.uid for _, prediction in rows}
+        self.done = {prediction.uid for prediction in rows}
 
     def append(self, prediction: Prediction) -> None:
         """Add a row; it is on disk after the next `flush`.
@@ -137,17 +131,11 @@ class Journal:
             JobFailed: The disk is full or failing; the partial file stays.
         """
         self.flush()
-        places: dict[str, int | None] = dict.fromkeys(order_of_uids)
-        foreign = []
-        for place, prediction in stream(self.partial)[1]:
-            if prediction.uid in places:
-                places[prediction.uid] = place
-            else:
-                foreign.append(prediction.uid)
-        twice = []
-        if len(places) < len(order_of_uids):
-            twice = [uid for uid, count in Counter(order_of_uids).items() if count > 1]
-        missing = [uid for uid, place in places.items() if place is None]
+        _, rows = read(self.partial)
+        by_uid = {prediction.uid: prediction for prediction in rows}
+        twice = [uid for uid, count in Counter(order_of_uids).items() if count > 1]
+        missing = [uid for uid in order_of_uids if uid not in by_uid]
+        foreign = sorted(by_uid.keys() - set(order_of_uids))
         for uids, problem in (
             (twice, "stand twice in the split"),
             (missing, "have no prediction; run predict again to continue"),
@@ -157,8 +145,7 @@ class Journal:
                 raise PredictionsError(
                     f"{self.partial}: {len(uids)} uids {problem} (the first: {uids[0]!r})"
                 )
-        there = (place for place in places.values() if place is not None)
-        write(self.path, self.header, rows_at(self.partial, there))
+        write(self.path, self.header, (by_uid[uid] for uid in order_of_uids))
         self.close()
         self.partial.unlink()
 

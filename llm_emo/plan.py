@@ -31,8 +31,8 @@ RATE_SECONDS = 0.4
 
 KERNELS = {
     "cuda": "memory-efficient attention (any mask), which keeps no scores",
-    "cpu": "torch's fused attention, which keeps no scores; in bfloat16 and for small passes this "
-    "program's plain attention, which keeps them",
+    "cpu": "this program's attention in pieces or, in bfloat16, over the whole pass, which keep "
+    "their scores; for large passes torch's fused attention, which keeps none",
 }
 
 

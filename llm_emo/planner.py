@@ -23,7 +23,6 @@ from llm_emo.experiment import Experiment
 from llm_emo.inference import targets
 from llm_emo.models import auto, meta
 from llm_emo.models.ledger import Footprint
-from llm_emo.sizes import parse_memory as parse_memory
 from llm_emo.training import collate
 from llm_emo.trie import TokenTrie
 from llm_emo.workload import Batches, Passes, Workload

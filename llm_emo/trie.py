@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
+from llm_emo import attention
+from llm_emo.branches import cheapest
 from llm_emo.errors import ModelError
 
 
@@ -128,13 +130,10 @@ def masks_for(model: nn.Module, allowed: Tensor, query: Tensor, key: Tensor) -> 
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
     full = allowed[None, None]
     sliding = full
-    if window is not None and int(query.max()) >= window:
-        sliding = (allowed & (query[:, None] - key < window))[None, None]
+    if _slides(config, query):
+        sliding = (allowed & (query[:, None] - key < config.sliding_window))[None, None]
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
         return sliding
@@ -214,12 +213,47 @@ def node_logits(
     output = model(
         input_ids=trie.tokens.to(device)[None],
         position_ids=depth[None],
-        attention_mask=masks_for(model, allowed, depth, keys),
+        **_visible(model, trie, allowed, depth, keys),
         logits_to_keep=nodes.to(device),
         past_key_values=None if beginning is None else beginning.cache(),
         use_cache=beginning is not None,
     )
     return output.logits[0]  # type: ignore[no-any-return]
+
+
+def _visible(
+    model: nn.Module, trie: TokenTrie, allowed: Tensor, query: Tensor, key: Tensor
+) -> dict[str, Any]:
+    """Return the arguments that say which node attends to which: a mask, or the trie's pieces.
+
+    On a GPU a dense mask is one kernel's work; on a CPU the pieces are fewer operations. While
+    gradients are kept, the pieces' scores are too, so a large pass leaves them to SDPA.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
+    if (
+        _in_pieces(allowed.device)
+        and config._attn_implementation == attention.NAME
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not _slides(config, query)
+        and (pieces := cheapest(trie.exit, trie.nodes)) is not None
+        and (pieces.scores <= attention.PLAIN_SCORES or not torch.is_grad_enabled())
+    ):
+        unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
+        return {"attention_mask": unread, "branches": pieces.to(allowed.device)}
+    return {"attention_mask": masks_for(model, allowed, query, key)}
+
+
+def _in_pieces(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _slides(config: Any, query: Tensor) -> bool:
+    """Whether some layer's window is too narrow for queries at these depths."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return False
+    return bool(query.max() >= window)
 
 
 class TrieDecoder:
@@ -243,7 +277,7 @@ class TrieDecoder:
         output = model(
             input_ids=trie.tokens.to(self.device)[None],
             position_ids=depth[None],
-            attention_mask=masks_for(model, allowed, depth, self.depth),
+            **_visible(model, trie, allowed, depth, self.depth),
             logits_to_keep=trie.last.to(self.device),
             past_key_values=self.cache,
             use_cache=True,

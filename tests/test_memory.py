@@ -174,7 +174,8 @@ def test_few_layers_extrapolate_to_all_in_evaluation(score):
         else memory.generating_pass(drawn, trie, 4, "cpu", whole=whole)
         for whole in (False, True)
     )
-    assert few.peak == pytest.approx(whole.peak, rel=0.01)
+    # At this size the masks of a pass in pieces are a part of the peak that one layer has.
+    assert few.peak == pytest.approx(whole.peak, rel=0.01 if score else 0.03)
     assert few.flops.tokens == pytest.approx(whole.flops.tokens, rel=1e-3)
     assert few.flops.head == whole.flops.head > 0
 

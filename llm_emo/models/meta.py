@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from llm_emo import attention, methods, recipes
+from llm_emo import attention, methods, recipes, trie
 from llm_emo.errors import ModelError
 from llm_emo.models import auto, bundled, quantised
 from llm_emo.models.chatglm2 import CHATGLM2_6B
@@ -199,8 +199,9 @@ def standing_for(kind: Kind) -> Iterator[None]:
     - `cuda`: memory-efficient attention, the one fused kernel that takes any mask; it keeps the
       output, one number per row, and the mask in the dtype of the queries, padded. Dropout keeps
       a byte per element. FlashAttention takes no mask, so it is never assumed.
-    - `cpu`: torch's fused kernel for CPUs, or, in bfloat16 and for small passes, this program's
-      plain attention (see `attention`), which keeps the scores.
+    - `cpu`: this program's attention in pieces (see `branches`) where that pays, which keeps its
+      scores; else torch's fused kernel for CPUs, or, in bfloat16 and for small passes, this
+      program's plain attention (see `attention`), which keeps them too.
 
     Functions are exchanged in their modules rather than caught by a `TorchFunctionMode`, because
     such a mode is off while the backward pass recomputes layers.
@@ -212,6 +213,7 @@ def standing_for(kind: Kind) -> Iterator[None]:
         exchanged.append((nn.functional, "dropout", _on_meta(_byte_dropout)))
     else:
         exchanged.append((attention, "sdpa_attention_forward", _on_meta(_cpu_attention, at=1)))
+        exchanged.append((trie, "_in_pieces", lambda _: lambda device: True))
     with contextlib.ExitStack() as stack:
         for owner, name, make in exchanged:
             original = getattr(owner, name)

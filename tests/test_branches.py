@@ -1,0 +1,190 @@
+"""Attention over a trie in pieces, against the dense mask."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from llm_emo import attention, branches, training
+from llm_emo.branches import Branches, attend, cheapest
+from llm_emo.trie import TokenTrie, TrieDecoder, begin, node_logits
+
+GROUPS, FOLD, WIDTH = 2, 3, 4
+
+ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+tries = st.lists(ids, min_size=1, max_size=8).map(TokenTrie.build)
+
+
+def pieces(trie: TokenTrie, width: int) -> Branches:
+    """Cut at a width of the test's choice, whether or not it pays."""
+    size = trie.exit - torch.arange(len(trie))
+    above = torch.full_like(size, 10**6)
+    for row, length in zip(trie.nodes.tolist(), trie.lengths.tolist(), strict=True):
+        for parent, child in itertools.pairwise(row[:length]):
+            above[child] = size[parent]
+    return Branches.cut(trie.exit, above, width)
+
+
+def drawn(trie: TokenTrie, prefix: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, heads, len(trie), WIDTH) for heads in (GROUPS * FOLD, GROUPS, GROUPS)]
+    shapes.append((prefix, 2, GROUPS, WIDTH))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def dense(query, key, value, prefix, trie):
+    key, value = (
+        torch.cat([own.transpose(0, 1)[None], part], 2).repeat_interleave(FOLD, 1)
+        for own, part in zip(prefix.unbind(1), (key, value), strict=True)
+    )
+    mask = nn.functional.pad(trie.allowed(), (len(prefix), 0), value=True)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.4)
+    return out.transpose(1, 2)
+
+
+@settings(deadline=None)
+@given(trie=tries, width=st.integers(1, 12), prefix=st.integers(0, 3))
+def test_every_cut_gives_the_dense_result_and_its_gradients(trie, width, prefix):
+    smallest = int((trie.exit - torch.arange(len(trie))).min())
+    cut = pieces(trie, max(width, smallest))
+    inputs = drawn(trie, prefix)
+    *parts, own = inputs
+    found = attend(*parts, cut, own if prefix else None, 0.4)
+    expected = dense(*inputs, trie)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    wanted = inputs if prefix else parts
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@settings(deadline=None)
+@given(trie=tries, width=st.integers(1, 12))
+def test_a_cut_holds_every_node_once_and_every_visible_pair(trie, width):
+    cut = pieces(trie, max(width, 1))
+    own = cut.rows[cut.real < len(trie)]
+    assert sorted([*cut.trunk.tolist(), *own.tolist()]) == list(range(len(trie)))
+    seen = sum(int((mask == 0).sum()) for mask in (cut.on_trunk,))
+    in_row = cut.real < len(trie)
+    seen += int(((cut.on_path == 0).sum(1) * in_row.sum(1)).sum())
+    seen += int((cut.on_row[in_row] == 0).sum())
+    assert seen == int(trie.allowed().sum())
+
+
+def batch(rows: int = 8, shared: int = 12) -> TokenTrie:
+    return TokenTrie.build([r.prompt + r.answer for r in tiny.encoded(rows, shared=shared)])
+
+
+def test_the_cheapest_cut_has_the_fewest_scores_of_all():
+    trie = batch()
+    best = cheapest(trie.exit, trie.nodes)
+    assert best is not None
+    every = [pieces(trie, width).scores for width in range(1, len(trie))]
+    assert best.scores == min(every) <= branches.SHARE * len(trie) ** 2
+
+
+def test_a_single_sequence_is_left_whole():
+    trie = TokenTrie.build([list(range(30))])
+    assert cheapest(trie.exit, trie.nodes) is None
+
+
+# --- in a model -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often attention was computed in pieces."""
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return attend(*arguments)
+
+    monkeypatch.setattr(attention, "attend", counting)
+    return calls
+
+
+def ours(architecture, method):
+    made = tiny.adapted(architecture, method)
+    inner = made.base if method == "p_tuning_v2" else made.get_base_model()
+    inner.set_attn_implementation(attention.NAME)
+    return made
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "glm"])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_gradients_in_pieces_are_those_of_the_dense_mask(
+    architecture, method, counted, monkeypatch
+):
+    made, rows = ours(architecture, method), tiny.encoded(9, shared=9)
+
+    def backward():
+        made.zero_grad()
+        loss = training.answer_loss(made, training.collate(rows))
+        loss.backward()
+        return loss.detach(), tiny.gradients(made)
+
+    loss, gradients = backward()
+    assert len(counted) == 2  # one a layer
+    monkeypatch.setattr(branches, "SHARE", 0.0)
+    dense_loss, expected = backward()
+    assert len(counted) == 2
+    torch.testing.assert_close(loss, dense_loss)
+    assert tiny.distance(gradients, expected) < 1e-5
+
+
+def test_generation_fills_its_cache_in_pieces(counted, monkeypatch):
+    made = ours("glm", "lora")
+    with torch.inference_mode():
+        found = TrieDecoder(made, batch()).logits
+        assert counted
+        monkeypatch.setattr(branches, "SHARE", 0.0)
+        torch.testing.assert_close(found, TrieDecoder(made, batch()).logits)
+
+
+def test_a_window_that_binds_keeps_the_dense_mask(counted):
+    made, trie = ours("gemma3", "lora"), batch()
+    assert int(trie.depth.max()) >= tiny.WINDOW
+    node_logits(made, trie, trie.last)
+    assert not counted
+
+
+def test_scores_that_would_be_kept_for_the_backward_pass_have_a_limit(counted, monkeypatch):
+    made, trie = ours("llama", "lora"), batch()
+    monkeypatch.setattr(attention, "PLAIN_SCORES", 10)
+    node_logits(made, trie, trie.last)
+    assert not counted
+    with torch.no_grad():
+        node_logits(made, trie, trie.last)
+    assert counted
+
+
+def test_another_attention_never_meets_the_pieces(counted):
+    made, trie = tiny.adapted("llama", "lora"), batch()
+    assert made.get_base_model().config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        node_logits(made, trie, trie.last)
+    assert not counted
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_beginning_computed_before_is_seen_by_every_piece(method, counted):
+    made = ours("glm", method)
+    rows = [row.prompt for row in tiny.encoded(9, shared=9)]
+    whole, rest = TokenTrie.build(rows), TokenTrie.build([row[4:] for row in rows])
+    with torch.no_grad():
+        expected = node_logits(made, whole, whole.last)
+        front = begin(made, rows[0][:4])
+        assert front is not None
+        counted.clear()
+        found = node_logits(made, rest, rest.last, front)
+    assert counted
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
