@@ -12,9 +12,12 @@ Some tokenizers let nobody spell a control token, a template as little as a text
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +27,10 @@ from llm_emo.types import Example
 
 # Private-use characters: no chat template contains them, and none trims them.
 _USER, _ANSWER = "\ue000\ue001", "\ue002\ue003"
+
+
+CHUNK = 2048
+"""Rows of a stream that are encoded together: half a second's work at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,8 @@ class Encoder:
         names = sorted(self._control, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self._frames: dict[str | None, _Frame] = {}
+        # A tokenizer is set up anew from call to call, so that it serves one thread at a time.
+        self._turn = threading.Lock()
 
     # --- the template ---------------------------------------------------------------------
 
@@ -265,16 +274,38 @@ class Encoder:
         Raises:
             PromptError: instruction, labels and answer alone exceed `max_length`.
         """
-        words = list(dict.fromkeys(example.answer for example in examples))
-        answers = dict(zip(words, self.answers(words), strict=True))
-        encoded = []
-        for example, prompt in zip(examples, self._prompts(examples), strict=True):
-            answer = answers[example.answer]
-            dropped = 0
-            if len(prompt) + len(answer) > self.max_length:
-                prompt, dropped = self._shortened(example, self.max_length - len(answer))
-            encoded.append(Encoded(example.uid, prompt, answer, dropped))
-        return encoded
+        with self._turn:
+            words = list(dict.fromkeys(example.answer for example in examples))
+            answers = dict(zip(words, self.answers(words), strict=True))
+            encoded = []
+            for example, prompt in zip(examples, self._prompts(examples), strict=True):
+                answer = answers[example.answer]
+                dropped = 0
+                if len(prompt) + len(answer) > self.max_length:
+                    prompt, dropped = self._shortened(example, self.max_length - len(answer))
+                encoded.append(Encoded(example.uid, prompt, answer, dropped))
+            return encoded
+
+    def stream(self, examples: Iterable[Example]) -> Iterator[tuple[Example, Encoded]]:
+        """Encode any number of examples, a chunk at a time, and yield both.
+
+        While one chunk is used, a thread takes and encodes the next: most of that is the
+        tokenizer's own code, which leaves the interpreter to the model.
+
+        Raises:
+            PromptError: as `encode`, when the example's chunk is reached.
+        """
+        rest = iter(examples)
+
+        def chunk() -> list[tuple[Example, Encoded]]:
+            rows = list(itertools.islice(rest, CHUNK))
+            return list(zip(rows, self.encode(rows), strict=True))
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(chunk)
+            while rows := coming.result():
+                coming = thread.submit(chunk)
+                yield from rows
 
     def _shortened(self, example: Example, room: int) -> tuple[tuple[int, ...], int]:
         """Return the longest prompt of at most `room` tokens, and the characters dropped."""
@@ -306,7 +337,8 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without the ending token."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        with self._turn:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of what turns text into ids: the tokenizer and its chat template."""

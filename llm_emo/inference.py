@@ -1,18 +1,29 @@
-"""Scoring and generating, both on the token trie.
+"""Scoring and generating, both on the token trie, for any number of rows.
 
-Rows are sorted by their token ids, so that what they share lies in the same pass, and a pass
-holds as many rows as fit into a budget of distinct tokens. Every row comes back exactly once,
-under its index, and what is computed for it does not depend on its company.
+Rows come as a stream. A window of them is sorted by their token ids, so that what they share
+lies in the same pass, and a pass holds as many rows as fit into a budget of distinct tokens.
+What all rows begin with (template and instruction) is run once and kept for all passes. Every
+row comes back exactly once, under its index, and what is computed for it does not depend on its
+company.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from llm_emo.trie import TokenTrie, TrieDecoder, node_logits
+from llm_emo.trie import Beginning, TokenTrie, TrieDecoder, begin, node_logits
 
 Ids = tuple[int, ...]
+
+WINDOW = 2048
+"""Rows that are sorted together, and the most that memory has to hold.
+
+Behind a shared instruction, tweets and film reviews leave 3 % more tokens to run in windows of
+256 rows than in windows of 4,096, and 1 % more in windows of 1,024.
+"""
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -49,35 +60,78 @@ def passes(prompts: Sequence[Ids], extra: int, budget: int) -> Iterator[list[int
         yield group
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Some rows of a stream: their prompts, the index of the first, and their passes.
+
+    `beginning`, if there is one, holds the first tokens of all prompts.
+    """
+
+    first: int
+    prompts: list[Ids]
+    passes: list[list[int]]
+    beginning: Beginning | None
+
+    def tails(self, group: Sequence[int]) -> list[Ids]:
+        """Return what of a pass's prompts is left to run."""
+        start = 0 if self.beginning is None else self.beginning.length
+        return [self.prompts[row][start:] for row in group]
+
+
+def _windows(
+    model: nn.Module, prompts: Iterable[Ids], extra: int, budget: int
+) -> Iterator[_Window]:
+    """Cut a stream of prompts into windows; run their beginning where it is not the last one's."""
+    rest, first = iter(prompts), 0
+    ids: Ids = ()
+    beginning: Beginning | None = None
+    while window := list(itertools.islice(rest, WINDOW)):
+        groups = list(passes(window, extra, budget))
+        least, greatest = min(window), max(window)
+        # What these two share, all share. One token must be left, to read the next one from.
+        shared = min(shared_length(least, greatest), len(least) - 1)
+        if shared < len(ids) or least[: len(ids)] != ids:
+            ids, beginning = (), None
+        if beginning is None and shared and len(groups) > 1:
+            ids = least[:shared]
+            beginning = begin(model, ids)
+        yield _Window(first, window, groups, beginning)
+        first += len(window)
+
+
 @torch.inference_mode()
 def score(
-    model: nn.Module, prompts: Sequence[Ids], answers: Sequence[Ids], *, tokens_per_pass: int
+    model: nn.Module, prompts: Iterable[Ids], answers: Sequence[Ids], *, tokens_per_pass: int
 ) -> Iterator[tuple[int, list[float]]]:
     """Yield each row's index and log P(answer | prompt) of every answer, in nats.
 
     Args:
         model: The causal LM, adapted or not; put into eval mode.
-        prompts: Token ids of the rows.
+        prompts: Token ids of the rows; read a window at a time.
         answers: Token ids of the k answers, each with its end token. With the end token they
             form a prefix-free code, so that their probabilities may be normalised.
-        tokens_per_pass: Budget of distinct tokens.
+        tokens_per_pass: Budget of distinct tokens, the beginning's included.
     """
     model.eval()
     extra = sum(len(answer) - 1 for answer in answers)
-    for group in passes(prompts, extra, tokens_per_pass):
-        sequences = [prompts[row] + answer[:-1] for row in group for answer in answers]
-        trie = TokenTrie.build(sequences)
-        at, tokens = targets(
-            trie, [len(prompts[row]) for row in group for _ in answers], list(answers) * len(group)
-        )
-        nodes, where = torch.unique(at, return_inverse=True)
-        log_probs = node_logits(model, trie, nodes).float().log_softmax(-1)  # (T, V)
-        picked = log_probs[where.to(log_probs.device), tokens.to(log_probs.device)].cpu()
-        owner = torch.arange(len(sequences)).repeat_interleave(
-            torch.tensor([len(answer) for answer in answers] * len(group))
-        )
-        sums = torch.zeros(len(sequences)).index_add_(0, owner, picked)
-        yield from zip(group, sums.view(len(group), -1).tolist(), strict=True)
+    for window in _windows(model, prompts, extra, tokens_per_pass):
+        for group in window.passes:
+            tails = window.tails(group)
+            sequences = [tail + answer[:-1] for tail in tails for answer in answers]
+            trie = TokenTrie.build(sequences)
+            at, tokens = targets(
+                trie, [len(tail) for tail in tails for _ in answers], list(answers) * len(group)
+            )
+            nodes, where = torch.unique(at, return_inverse=True)
+            logits = node_logits(model, trie, nodes, window.beginning)
+            log_probs = logits.float().log_softmax(-1)  # (T, V)
+            picked = log_probs[where.to(log_probs.device), tokens.to(log_probs.device)].cpu()
+            owner = torch.arange(len(sequences)).repeat_interleave(
+                torch.tensor([len(answer) for answer in answers] * len(group))
+            )
+            sums = torch.zeros(len(sequences)).index_add_(0, owner, picked)
+            rows = [window.first + row for row in group]
+            yield from zip(rows, sums.view(len(group), -1).tolist(), strict=True)
 
 
 def targets(
@@ -102,7 +156,7 @@ def targets(
 @torch.inference_mode()
 def generate(
     model: nn.Module,
-    prompts: Sequence[Ids],
+    prompts: Iterable[Ids],
     *,
     ends: frozenset[int],
     max_new_tokens: int,
@@ -115,36 +169,34 @@ def generate(
 
     Args:
         model: The causal LM, adapted or not; put into eval mode.
-        prompts: Token ids of the rows.
+        prompts: Token ids of the rows; read a window at a time. Equal ones of a window are run
+            once.
         ends: Tokens that end a continuation.
         max_new_tokens: The most tokens to write.
-        tokens_per_pass: Budget of distinct tokens.
+        tokens_per_pass: Budget of distinct tokens, the beginning's included.
     """
     model.eval()
-    twins: dict[Ids, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        twins.setdefault(prompt, []).append(row)
-    distinct = list(twins)
     # A row adds at most one node a step.
-    for group in passes(distinct, max_new_tokens, tokens_per_pass):
-        decoder = TrieDecoder(model, TokenTrie.build([distinct[i] for i in group]))
-        written: list[list[int]] = [[] for _ in group]
-        live = list(range(len(group)))
-        for step in range(max_new_tokens):
-            tokens = decoder.logits.argmax(-1)
-            going = []
-            for place, token in enumerate(tokens.tolist()):
-                if token not in ends:
-                    written[live[place]].append(token)
-                    going.append(place)
-            if not going or step + 1 == max_new_tokens:
-                break
-            if len(going) < len(live):
-                rows = torch.tensor(going, device=tokens.device)
-                decoder.keep(rows)
-                tokens = tokens[rows]
-                live = [live[place] for place in going]
-            decoder.step(tokens)
-        for place, index in enumerate(group):
-            for row in twins[distinct[index]]:
-                yield row, tuple(written[place])
+    for window in _windows(model, prompts, max_new_tokens, tokens_per_pass):
+        for group in window.passes:
+            tails = window.tails(group)
+            decoder = TrieDecoder(model, TokenTrie.build(tails), window.beginning)
+            written: list[list[int]] = [[] for _ in group]
+            live = list(range(len(group)))
+            for step in range(max_new_tokens):
+                tokens = decoder.logits.argmax(-1)
+                going = []
+                for place, token in enumerate(tokens.tolist()):
+                    if token not in ends:
+                        written[live[place]].append(token)
+                        going.append(place)
+                if not going or step + 1 == max_new_tokens:
+                    break
+                if len(going) < len(live):
+                    rows = torch.tensor(going, device=tokens.device)
+                    decoder.keep(rows)
+                    tokens = tokens[rows]
+                    live = [live[place] for place in going]
+                decoder.step(tokens)
+            for place, row in enumerate(group):
+                yield window.first + row, tuple(written[place])

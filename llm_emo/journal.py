@@ -2,6 +2,8 @@
 
 `<split>.predictions.jsonl.partial` is only ever appended to, so a dead job has lost at most the
 rows since its last flush. When all are there, the file is written under its final name.
+
+However many rows there are, of those behind it a journal remembers the uids alone.
 """
 
 import os
@@ -16,10 +18,10 @@ from llm_emo.predictions import (
     Header,
     disk_failed,
     header_line,
-    parse,
-    read,
-    read_bytes,
+    lines,
     row_line,
+    rows_at,
+    stream,
     write,
 )
 from llm_emo.types import Prediction
@@ -32,6 +34,7 @@ class Journal:
     the file was opened, if anything. Call `flush` after each batch and `finish` at the end.
 
     >>> import tempfile
+    >>> from llm_emo.predictions import read
     >>> header = Header(protocol="p", dataset="d", split="test", labels=("joy", "fear"),
     ...     files={}, run=None, model="m", revision=None, adapter=None, versions={},
     ...     mode="generate", prompt="paper")
@@ -76,17 +79,20 @@ class Journal:
 
     def _continue(self) -> None:
         """Take over the complete lines that are there, and cut off a half-written one."""
-        content = read_bytes(self.partial)
-        complete, line_feed, half = content.rpartition(b"\n")
-        self._size = len(complete) + len(line_feed)
+        half = 0
+        for line in lines(self.partial):
+            if line.endswith(b"\n"):
+                self._size += len(line)
+            else:
+                half = len(line)
         if half:
-            self.note = f"{self.partial}: dropped a half-written last line ({len(half)} bytes)"
+            self.note = f"{self.partial}: dropped a half-written last line ({half} bytes)"
             self._cut()
-        if not line_feed:
+        if not self._size:
             self._pending += header_line(self.header)
             self.flush()
             return
-        found, rows = parse(self.partial, complete + line_feed)
+        found, rows = stream(self.partial)
         if found != self.header:
             keys = [
                 key
@@ -98,7 +104,7 @@ class Journal:
                 f"{getattr(found, keys[0])!r}, expected {getattr(self.header, keys[0])!r}; "
                 "delete the file to begin anew, or write to another folder"
             )
-        self.done = {prediction.uid for prediction in rows}
+        self.done = {prediction.uid for _, prediction in rows}
 
     def append(self, prediction: Prediction) -> None:
         """Add a row; it is on disk after the next `flush`.
@@ -131,11 +137,17 @@ class Journal:
             JobFailed: The disk is full or failing; the partial file stays.
         """
         self.flush()
-        _, rows = read(self.partial)
-        by_uid = {prediction.uid: prediction for prediction in rows}
-        twice = [uid for uid, count in Counter(order_of_uids).items() if count > 1]
-        missing = [uid for uid in order_of_uids if uid not in by_uid]
-        foreign = sorted(by_uid.keys() - set(order_of_uids))
+        places: dict[str, int | None] = dict.fromkeys(order_of_uids)
+        foreign = []
+        for place, prediction in stream(self.partial)[1]:
+            if prediction.uid in places:
+                places[prediction.uid] = place
+            else:
+                foreign.append(prediction.uid)
+        twice = []
+        if len(places) < len(order_of_uids):
+            twice = [uid for uid, count in Counter(order_of_uids).items() if count > 1]
+        missing = [uid for uid, place in places.items() if place is None]
         for uids, problem in (
             (twice, "stand twice in the split"),
             (missing, "have no prediction; run predict again to continue"),
@@ -145,7 +157,8 @@ class Journal:
                 raise PredictionsError(
                     f"{self.partial}: {len(uids)} uids {problem} (the first: {uids[0]!r})"
                 )
-        write(self.path, self.header, (by_uid[uid] for uid in order_of_uids))
+        there = (place for place in places.values() if place is not None)
+        write(self.path, self.header, rows_at(self.partial, there))
         self.close()
         self.partial.unlink()
 

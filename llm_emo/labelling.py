@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,16 @@ from transformers import set_seed
 
 from llm_emo import methods, parsing, recipes, runs
 from llm_emo.encoding import Encoder
-from llm_emo.errors import AdapterError, RunError
+from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
 from llm_emo.fetch import sha256_of
-from llm_emo.inference import generate, score
+from llm_emo.inference import Ids, generate, score
 from llm_emo.journal import Journal
 from llm_emo.machine import processes, say
 from llm_emo.models import auto
 from llm_emo.predictions import Header, read
 from llm_emo.trie import verify
-from llm_emo.types import Completion, Example, Prediction, Split
+from llm_emo.types import Completion, Example, Prediction, Row, Split
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,43 @@ class Labeller:
     model: nn.Module
     encoder: Encoder
 
-    def predict(self, examples: Sequence[Example]) -> Iterator[Prediction]:
-        """Yield one prediction per example, in the order in which they were computed."""
-        encoded = self.encoder.encode(examples)
+    def rendered(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """Render rows one at a time, as they are asked for."""
+        for row in rows:
+            yield from self.experiment.render([row])
+
+    def predict(self, examples: Iterable[Example]) -> Iterator[Prediction]:
+        """Yield one prediction per example, in the order in which they were computed.
+
+        Examples are taken some thousands at a time, and kept no longer than until they are
+        predicted.
+        """
         inference = self.experiment.recipe.inference
-        prompts = [row.prompt for row in encoded]
+        waiting: dict[int, Example] = {}
+
+        def prompts() -> Iterator[Ids]:
+            for index, (example, row) in enumerate(self.encoder.stream(examples)):
+                waiting[index] = example
+                yield row.prompt
+
         match inference.mode:
             case "score":
                 for index, values in score(
                     self.model,
-                    prompts,
+                    prompts(),
                     self.encoder.answers(self.experiment.answers),
                     tokens_per_pass=inference.tokens_per_pass,
                 ):
-                    yield self._scored(examples[index], values)
+                    yield self._scored(waiting.pop(index), values)
             case "generate":
                 for index, ids in generate(
                     self.model,
-                    prompts,
+                    prompts(),
                     ends=frozenset({self.encoder.end}),
                     max_new_tokens=inference.max_new_tokens,
                     tokens_per_pass=inference.tokens_per_pass,
                 ):
-                    example = examples[index]
+                    example = waiting.pop(index)
                     yield self._parsed(example, Completion(example.uid, self.encoder.decode(ids)))
 
     def _scored(self, example: Example, log_probabilities: list[float]) -> Prediction:
@@ -162,7 +176,8 @@ def predict(
     Raises:
         RunError: the file is there already, made under something else.
     """
-    examples = experiment.examples(split)
+    split_rows = experiment.rows(split)
+    uids = [row.utterance.uid for row in split_rows]
     path = runs.predictions_path(folder, split)
     if isinstance(trained, runs.Run):
         trained.require_finished()
@@ -171,7 +186,7 @@ def predict(
         found, rows = read(path)
         # Finished predictions stay what they are when a package is upgraded.
         found = found.model_copy(update={"versions": expected.versions})
-        if found != expected or {row.uid for row in rows} != {example.uid for example in examples}:
+        if found != expected or {row.uid for row in rows} != set(uids):
             differing = [
                 name
                 for name in Header.model_fields
@@ -194,13 +209,14 @@ def predict(
             done = [journal.done]
         if state.num_processes > 1:
             broadcast_object_list(done)
-        left = [example for example in examples if example.uid not in done[0]]
+        left = [row for row in split_rows if row.utterance.uid not in done[0]]
         if state.num_processes > 1:
             # A row without room for its answer ends every process, also that which prints.
-            labeller.encoder.encode(left)
+            for _ in labeller.encoder.stream(labeller.rendered(left)):
+                pass
         bar = stack.enter_context(
             tqdm(
-                total=len(examples), initial=len(done[0]), desc=split, unit="row",
+                total=len(uids), initial=len(done[0]), desc=split, unit="row",
                 disable=not state.is_main_process,
             )
         )  # fmt: skip
@@ -211,7 +227,7 @@ def predict(
                 journal.flush()
             bar.update(len(predictions))
         if journal is not None:
-            journal.finish([example.uid for example in examples])
+            journal.finish(uids)
     state.wait_for_everyone()
     return path
 
@@ -221,7 +237,7 @@ ROWS_PER_FLUSH = 64
 
 
 def _shared(
-    labeller: Labeller, examples: Sequence[Example], state: PartialState
+    labeller: Labeller, rows: Sequence[Row], state: PartialState
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of all processes' shares, some at a time.
 
@@ -229,9 +245,9 @@ def _shared(
     gather equally often, also those whose share is short or empty.
     """
     world, rank = state.num_processes, state.process_index
-    cuts = [len(examples) * i // world for i in range(world + 1)]
+    cuts = [len(rows) * i // world for i in range(world + 1)]
     longest = max(end - start for start, end in itertools.pairwise(cuts))
-    own = labeller.predict(examples[cuts[rank] : cuts[rank + 1]])
+    own = labeller.predict(labeller.rendered(rows[cuts[rank] : cuts[rank + 1]]))
     for _ in range(-(-longest // ROWS_PER_FLUSH)):
         chunk = list(itertools.islice(own, ROWS_PER_FLUSH))
         yield gather_object(chunk) if world > 1 else chunk
@@ -259,13 +275,8 @@ def header(experiment: Experiment, trained: runs.Run | Foreign | None, split: Sp
 
 def _adapter_sum(trained: runs.Run | Foreign) -> str:
     folder = trained.adapter if isinstance(trained, runs.Run) else trained.folder
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        if (folder / name).is_file():
-            return sha256_of(folder / name)
-    raise AdapterError(
-        f"{folder}: holds no adapter_model.safetensors; where there is an adapter_model.bin, load "
-        "it with PEFT and save it again"
-    )
+    whole = folder / "model.safetensors"  # of full training
+    return sha256_of(whole if whole.is_file() else methods.weights_of(folder))
 
 
 def _settings(recipe: recipes.Recipe) -> str:

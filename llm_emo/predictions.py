@@ -87,20 +87,31 @@ def read(path: Path) -> tuple[Header, list[Prediction]]:
     Raises:
         PredictionsError: The file is missing or malformed; the message names file and line.
     """
-    return parse(path, read_bytes(path))
+    header, rows = stream(path)
+    return header, [prediction for _, prediction in rows]
 
 
-def parse(path: Path, content: bytes) -> tuple[Header, list[Prediction]]:
-    """Return the header and the rows in the content of the predictions file `path`.
+def stream(path: Path) -> tuple[Header, Iterator[tuple[int, Prediction]]]:
+    """Return the header and, one at a time, the rows, each with the byte where its line begins.
 
     Raises:
-        PredictionsError: The content is malformed; the message names file and line.
+        PredictionsError: The file is missing or malformed; of a row, when the row is reached.
     """
-    lines = content.split(b"\n")
-    if lines[-1] == b"":  # what stands behind the last line feed
-        lines.pop()
-    header = _header(path, lines)
-    return header, list(_rows(path, lines, header))
+    read = lines(path)
+    first = next(read, b"")
+    header = _header(path, first)
+    return header, _rows(path, read, len(first), header)
+
+
+def rows_at(path: Path, places: Iterable[int]) -> Iterator[Prediction]:
+    """Yield the rows whose lines begin at these bytes, as `stream` told them."""
+    try:
+        with path.open("rb") as file:
+            for place in places:
+                file.seek(place)
+                yield _row(file.readline(), f"{path}, byte {place}")
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def header_line(header: Header) -> bytes:
@@ -212,47 +223,53 @@ def _check(prediction: Prediction, labels: Sequence[str], seen: set[str], place:
     seen.add(prediction.uid)
 
 
-def _rows(path: Path, lines: Sequence[bytes], header: Header) -> Iterator[Prediction]:
-    """Yield the predictions of all lines behind the header."""
+def _rows(
+    path: Path, lines: Iterable[bytes], begin: int, header: Header
+) -> Iterator[tuple[int, Prediction]]:
+    """Yield the predictions of all lines behind the header; the first begins at byte `begin`."""
     seen: set[str] = set()
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         place = f"{path}, line {number}"
-        data = _object(line, place)
-        for key in data:
-            if key not in _KEYS:
-                raise PredictionsError(f"{place}: unknown key {key!r}; {nearest(key, _KEYS)}")
-        for key in _KEYS:
-            if key not in data:
-                raise PredictionsError(f"{place}: missing key {key!r}")
-            value = data[key]
-            optional = key not in ("uid", "outcome")
-            if key != "probabilities" and not (
-                isinstance(value, str) or (optional and value is None)
-            ):
-                raise PredictionsError(
-                    f"{place}: key {key!r}: found {value!r}, expected "
-                    f"{'a string or null' if optional else 'a string'}"
-                )
-        probabilities = data["probabilities"]
-        if probabilities is not None and not (
-            isinstance(probabilities, dict)
-            and all(type(value) in (int, float) for value in probabilities.values())
-        ):
-            raise PredictionsError(
-                f"{place}: key 'probabilities': found {probabilities!r}, expected an object of "
-                "numbers or null"
-            )
-        prediction = Prediction(**{key: data[key] for key in _KEYS})
+        prediction = _row(line, place)
         _check(prediction, header.labels, seen, place)
-        yield prediction
+        yield begin, prediction
+        begin += len(line)
 
 
-def _header(path: Path, lines: Sequence[bytes]) -> Header:
+def _row(line: bytes, place: str) -> Prediction:
+    """Return the prediction of a line."""
+    data = _object(line, place)
+    for key in data:
+        if key not in _KEYS:
+            raise PredictionsError(f"{place}: unknown key {key!r}; {nearest(key, _KEYS)}")
+    for key in _KEYS:
+        if key not in data:
+            raise PredictionsError(f"{place}: missing key {key!r}")
+        value = data[key]
+        optional = key not in ("uid", "outcome")
+        if key != "probabilities" and not (isinstance(value, str) or (optional and value is None)):
+            raise PredictionsError(
+                f"{place}: key {key!r}: found {value!r}, expected "
+                f"{'a string or null' if optional else 'a string'}"
+            )
+    probabilities = data["probabilities"]
+    if probabilities is not None and not (
+        isinstance(probabilities, dict)
+        and all(type(value) in (int, float) for value in probabilities.values())
+    ):
+        raise PredictionsError(
+            f"{place}: key 'probabilities': found {probabilities!r}, expected an object of "
+            "numbers or null"
+        )
+    return Prediction(**{key: data[key] for key in _KEYS})
+
+
+def _header(path: Path, line: bytes) -> Header:
     """Return the header, which is the first line."""
-    if not lines:
+    if not line:
         raise PredictionsError(f"{path}: is empty, expected a header line; predict again")
     place = f"{path}, line 1"
-    data = _object(lines[0], place)
+    data = _object(line, place)
     if "uid" in data:
         raise PredictionsError(f"{place}: found a prediction, expected the header; predict again")
     try:
@@ -298,20 +315,23 @@ def _line(data: dict[str, Any]) -> bytes:
     return _SURROGATE.sub(lambda m: f"\\u{ord(m.group()):04x}", text).encode() + b"\n"
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a predictions file.
+def lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a predictions file, each with its line feed if it has one.
 
     Raises:
         PredictionsError: It does not exist, or cannot be read.
     """
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise PredictionsError(
-            f"no predictions file {path}; make it with llm-emo predict"
-        ) from None
+        with path.open("rb") as file:
+            yield from file
     except OSError as error:
-        raise PredictionsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> PredictionsError:
+    if isinstance(error, FileNotFoundError):
+        return PredictionsError(f"no predictions file {path}; make it with llm-emo predict")
+    return PredictionsError(f"{path}: cannot be read: {error.strerror}")
 
 
 def disk_failed(path: Path, error: OSError) -> JobFailed:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import program
 import pytest
@@ -12,6 +13,7 @@ from llm_emo import export, labelling, methods, opening, predictions, recipes, r
 from llm_emo.encoding import Encoder
 from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
+from llm_emo.fetch import sha256_of
 from llm_emo.models import auto, chatglm2, chatglm2_adapters
 
 
@@ -331,25 +333,46 @@ def test_an_adapter_is_named_beside_a_zero_shot_recipe_and_an_output_folder_only
     told.refused("no adapter")
 
 
+def foreign(adapter, output, folder):
+    """Predict with an adapter folder from elsewhere."""
+    return program.call(
+        "predict", "mastodon/zero_shot", "--adapter", adapter, "-o", output,
+        *program.on(folder, training=False),
+    )  # fmt: skip
+
+
 def test_an_adapter_from_elsewhere_that_cannot_be_read_is_refused_with_what_to_do(
     glm_folder, tmp_path
 ):
     run = program.train(tmp_path / "run", glm_folder, "mastodon/lora", QKV)
     exported(run, tmp_path / "original", "chatglm2")
-    exported(run, tmp_path / "pickled", "peft")
-    weights = tmp_path / "pickled" / "adapter_model.safetensors"
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
-    weights.unlink()
+    exported(run, tmp_path / "empty", "peft")
+    (tmp_path / "empty/adapter_model.safetensors").unlink()
     for name, pieces in (
         ("original", ("query_key_value", "llm-emo convert")),
-        ("pickled", ("adapter_model.safetensors", "save it again")),
+        ("empty", ("adapter_model.safetensors or adapter_model.bin",)),
     ):
-        told = program.call(
-            "predict", "mastodon/zero_shot", "--adapter", tmp_path / name,
-            "-o", tmp_path / "out", *program.on(glm_folder, training=False),
-        )  # fmt: skip
+        told = foreign(tmp_path / name, tmp_path / "out", glm_folder)
         told.refused(str(tmp_path / name), *pieces)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["trained", "prefixed"])
+def test_an_adapter_that_old_peft_pickled_labels_as_the_same_in_safetensors(
+    kind, request, tiny_folder, tmp_path
+):
+    exported(request.getfixturevalue(kind), tmp_path / "new", "peft")
+    (tmp_path / "new" / methods.PREFIX_FILE).unlink(missing_ok=True)  # PEFT knows none
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    stored = tmp_path / "old/adapter_model.safetensors"
+    torch.save(load_file(stored), tmp_path / "old/adapter_model.bin")
+    stored.unlink()
+    found = {}
+    for name in ("new", "old"):
+        foreign(tmp_path / name, tmp_path / f"{name}-out", tiny_folder).ok()
+        found[name] = predictions.read(tmp_path / f"{name}-out/test.predictions.jsonl")
+    assert found["old"][1] == found["new"][1]
+    assert found["old"][0].adapter == sha256_of(tmp_path / "old/adapter_model.bin")
 
 
 @pytest.mark.parametrize("projection", [False, True])

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_emo import inference
 from llm_emo.inference import generate, passes, score, shared_length
 from llm_emo.trie import TokenTrie
 
@@ -222,6 +223,116 @@ def test_one_new_token_is_one_forward_pass():
     assert len(calls) == 1
 
 
+# --- streams and beginnings --------------------------------------------------------------------
+
+
+def scored(model, prompts, budget=1000):
+    return list(score(model, prompts, ANSWERS, tokens_per_pass=budget))
+
+
+def written(model, prompts, budget=1000):
+    ends = frozenset({END})
+    return list(generate(model, prompts, ends=ends, max_new_tokens=5, tokens_per_pass=budget))
+
+
+BOTH = pytest.mark.parametrize("run", [scored, written])
+START = (3, 50, 200, 7, 8, 9, 10)
+
+
+def assert_equal_rows(found, expected):
+    assert len(found) == len(expected)
+    for (row, one), (_, other) in zip(sorted(found), sorted(expected), strict=True):
+        assert one == pytest.approx(other, abs=1e-4), row
+    assert [row for row, _ in sorted(found)] == list(range(len(found)))
+
+
+@BOTH
+@methods
+@pytest.mark.parametrize("architecture", ["gemma3", "glm"])
+@given(tails=prompts_of, shared=st.integers(0, 7), window=st.integers(1, 4))
+@settings(max_examples=6, deadline=None)
+def test_windows_and_their_beginnings_change_no_result(
+    run, method, architecture, tails, shared, window
+):
+    model = tiny.adapted(architecture, method)
+    # The last row begins otherwise, so that what was run for those before does not hold.
+    prompts = [START[:shared] + tail for tail in tails] + [(4, *START)]
+    alone = [(row, run(model, [prompt])[0][1]) for row, prompt in enumerate(prompts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "WINDOW", window)
+        for budget in (1, 20):
+            assert_equal_rows(run(model, iter(prompts), budget), alone)
+
+
+@BOTH
+def test_what_all_prompts_begin_with_is_run_once(run, monkeypatch):
+    monkeypatch.setattr(inference, "WINDOW", 8)
+    model = tiny.model("llama")
+    prompts = [(*START, 20 + row, 90 - row) for row in range(32)]
+    places = []
+    model.register_forward_pre_hook(
+        lambda m, args, inputs: places.extend(inputs["position_ids"][0].tolist()), with_kwargs=True
+    )
+    run(model, prompts, 30)
+    assert [place for place in places if place < len(START)] == list(range(len(START)))
+
+
+@BOTH
+def test_a_beginning_is_run_anew_where_a_window_shares_another(run, monkeypatch):
+    monkeypatch.setattr(inference, "WINDOW", 8)
+    model = tiny.model("llama")
+    begun = []
+    own = inference.begin
+    monkeypatch.setattr(inference, "begin", lambda model, ids: begun.append(ids) or own(model, ids))
+    prompts = [(*START, 20 + row) for row in range(16)]
+    prompts += [(*START[:3], 20 + row) for row in range(8)]
+    prompts += [(*START, 60 + row) for row in range(8)]
+    prompts += [(300 + row, 5) for row in range(8)]
+    assert_equal_rows(run(model, prompts, 30), run(model, prompts, 10**6))
+    assert begun[:2] == [START, START[:3]]
+    # Longer ones of later windows are not worth a pass of their own; nothing in common is none.
+    assert len(begun) == 2
+
+
+@BOTH
+def test_one_pass_needs_no_beginning_of_its_own(run):
+    model = tiny.model("llama")
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    run(model, [(*START, 20), (*START, 21)])
+    assert seen[0] > len(START)
+
+
+@BOTH
+def test_a_model_that_keeps_no_beginning_gives_the_same(run, monkeypatch):
+    model = tiny.model("llama")
+    prompts = [(*START, 20 + row) for row in range(9)]
+    expected = run(model, prompts, 30)
+    monkeypatch.setattr(inference, "begin", lambda model, ids: None)
+    assert_equal_rows(run(model, prompts, 30), expected)
+
+
+@BOTH
+def test_a_stream_is_read_one_window_at_a_time(run, monkeypatch):
+    monkeypatch.setattr(inference, "WINDOW", 5)
+    model = tiny.model("llama")
+    taken = []
+
+    def prompts():
+        for row in range(23):
+            taken.append(row)
+            yield (*START, 20 + row)
+
+    stream = (
+        score(model, prompts(), ANSWERS, tokens_per_pass=40)
+        if run is scored
+        else generate(model, prompts(), ends=frozenset(), max_new_tokens=2, tokens_per_pass=40)
+    )
+    for done, _ in enumerate(stream):
+        assert len(taken) <= 5 * (done // 5 + 1)
+    assert len(taken) == 23
+
+
 # --- passes ------------------------------------------------------------------------------------
 
 
@@ -246,9 +357,11 @@ def test_scoring_and_generating_keep_to_the_budget(budget):
     assert len(seen) < len(prompts) or budget == 12
     seen.clear()
     list(generate(model, prompts, ends=frozenset(), max_new_tokens=4, tokens_per_pass=budget))
-    # A pass and the steps behind it fill one cache.
-    starts = [i for i, n in enumerate(seen) if i % 4 == 0]
-    assert all(sum(seen[i : i + 4]) <= budget for i in starts)
+    # The beginning, which was run once, a pass and the steps behind it fill one cache.
+    beginning, *rest = seen
+    assert beginning == 1
+    starts = range(0, len(rest), 4)
+    assert all(beginning + sum(rest[i : i + 4]) <= budget for i in starts)
 
 
 def test_no_rows_are_no_passes():

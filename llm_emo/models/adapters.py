@@ -8,12 +8,11 @@ versions pass over the keys that they do not know.
 Letters: r rank, P prefix length, M layers, G key-value heads, D head dimension.
 """
 
-import contextlib
 import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -28,7 +27,6 @@ from llm_emo.machine import say
 from llm_emo.models import weights
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 Kind = Literal["lora", "p_tuning_v2"]
 PEFT_NAMES: dict[str, Kind] = {"LORA": "lora", "PREFIX_TUNING": "p_tuning_v2"}
 """What PEFT calls the methods that are known here."""
@@ -110,8 +108,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(f"{folder}: no adapter: it holds no {CONFIG_FILE}")
-    with _of_an_adapter():
+    try:
         return weights.read_json(path)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -125,17 +125,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix != ".safetensors":
         say(f"{path}: a pickle, read as plain tensors only; SHA-256 {sha256_of(path)}")
-    with _of_an_adapter():
-        return weights.read(path)
-
-
-@contextlib.contextmanager
-def _of_an_adapter() -> Iterator[None]:
-    """Say of an adapter's file what is said of any."""
-    try:
-        yield
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
+    return methods.read_weights(path)
 
 
 def write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -148,19 +138,6 @@ def write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON as PEFT and transformers do, with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def weights_of(folder: Path) -> Path:
-    """Return the weights file of a folder in PEFT's layout; safetensors where there are both.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    for name in WEIGHTS_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise AdapterError(f"{folder}: no {' or '.join(WEIGHTS_FILES)} (it holds {held})")
 
 
 def read_lora(folder: Path) -> Lora:
@@ -179,7 +156,7 @@ def read_lora(folder: Path) -> Lora:
     dropout = config.get("lora_dropout") or 0.0
     if not ((_whole(dropout) or isinstance(dropout, float)) and 0 <= dropout <= 1):
         raise AdapterError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to 1")
-    path = weights_of(folder)
+    path = methods.weights_of(folder)
     pairs = _pairs(path, rank)
     _match_targets(where, config.get("target_modules"), path, pairs)
     layers = config.get("layers_to_transform")

@@ -160,7 +160,7 @@ def write_original(
     length = model.peft_config.num_virtual_tokens
     tuning = {"pre_seq_len": length, "prefix_projection": projected}
     adapters.write_json(folder / "config.json", layout.original_config() | tuning)
-    names = (*adapters.WEIGHTS_FILES, methods.PREFIX_FILE)
+    names = (*methods.WEIGHTS_FILES, methods.PREFIX_FILE)
     read = {name: sha256_of(source / name) for name in names if (source / name).is_file()}
     return {
         "kind": "p_tuning_v2",

@@ -183,6 +183,15 @@ def _site_packages(python: Path) -> Path:
     return Path(done.stdout.strip())
 
 
+def stock(model: Any) -> Any:
+    """Give a model transformers' own attention back, which is what users of a peer have."""
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("sdpa")
+            return model
+    raise ValueError("no model of transformers in it")
+
+
 # --- memory, machine ----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.harness import OURS, synchronise
+from common.harness import OURS, stock, synchronise
 
 SIDES = {
     OURS: "this program: one pass over the batch's token trie",
@@ -121,6 +121,7 @@ def trainer_of(
         return trainer
 
     shared = shared_arguments(own)
+    stock(model)
     if side.startswith("trl"):
         return sft_trainer(model, tokenizer, rows, shared, padding_free=side == "trl_padding_free")
     if side == "peft_prefix":
@@ -225,7 +226,6 @@ def peft_prefix(model: Any) -> Any:
         )
     # PEFT injects the prefix as a cache, which moves every token by its length.
     start = methods.rotate_keys(model.base, model.prefix().detach(), config.num_virtual_tokens)
-    model.base.set_attn_implementation("sdpa")
     made = get_peft_model(model.base, config)
     with torch.no_grad():
         made.prompt_encoder["default"].embedding.weight.copy_(start.flatten(1))

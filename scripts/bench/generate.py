@@ -1,0 +1,278 @@
+"""Generation speed: this program beside `model.generate` on left-padded batches.
+
+    python scripts/bench/generate.py --data-root DATA --recipe friends/zero_shot
+
+Both write greedily, with the recipe's base model, for the same prompts, up to the same number of
+tokens, and stop at the same end token. In float32 the tokens that they write must be equal, or no
+ratio is printed.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from common import harness, matrix
+from common.harness import OURS, Result, Rounds
+
+SIDES = {
+    OURS: "this program: one cache over the prompts' trie",
+    "padded": "model.generate on left-padded batches, rows sorted by length",
+}
+RATE = "rows_per_second"
+CHECKED = 32
+"""Rows whose tokens are compared in float32."""
+SHOWN = ("torch", "transformers")
+
+Ids = tuple[int, ...]
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's arguments; exits with 2 where they are wrong."""
+    parser = argparse.ArgumentParser(
+        description="Print rows/s of greedy generation by this program and by model.generate.",
+        epilog="example: python scripts/bench/generate.py --data-root DATA "
+        "--recipe friends/zero_shot --rows 128 -o generate.json; "
+        "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
+    )
+    harness.add_recipe(parser, "friends/zero_shot")
+    parser.add_argument(
+        "--rows", type=harness.positive, default=96, help="test rows a round (default: 96)"
+    )
+    parser.add_argument(
+        "--batch-size", type=harness.positive, default=32,
+        help="rows of a padded batch (default: %(default)s)",
+    )  # fmt: skip
+    harness.add_common(parser)
+    parser.add_argument(
+        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
+    )
+    parser.add_argument(
+        "--check", action="store_true",
+        help="with --side: print the tokens of a few rows in float32, on no clock",
+    )  # fmt: skip
+    given = parser.parse_args(argv)
+    given.peers = ["padded"]
+    return given
+
+
+def by_trie(
+    model: Any, prompts: Sequence[Ids], *, end: int, max_new_tokens: int, tokens_per_pass: int
+) -> tuple[float, list[Ids]]:
+    """Generate with this program; return the seconds and every row's tokens, without the end."""
+    from llm_emo.inference import generate
+
+    seconds: list[float] = []
+    with harness.clock(seconds):
+        found = dict(
+            generate(
+                model, prompts, ends=frozenset({end}), max_new_tokens=max_new_tokens,
+                tokens_per_pass=tokens_per_pass,
+            )
+        )  # fmt: skip
+    return seconds[0], [found[row] for row in range(len(prompts))]
+
+
+def by_padding(
+    model: Any, prompts: Sequence[Ids], *, end: int, max_new_tokens: int, batch_size: int
+) -> tuple[float, list[Ids]]:
+    """Generate with `model.generate`; as `by_trie`."""
+    import torch
+    from transformers import GenerationConfig
+
+    # Not the checkpoint's own: a penalty or a temperature in it would make another task.
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end,
+        use_cache=True,
+    )  # fmt: skip
+    model.generation_config = config
+    model.config.use_cache = True
+    device = next(model.parameters()).device
+    seconds: list[float] = []
+    found: list[Ids] = [()] * len(prompts)
+    with torch.inference_mode(), harness.clock(seconds):
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        for start in range(0, len(order), batch_size):
+            group = order[start : start + batch_size]
+            longest = max(len(prompts[row]) for row in group)
+            gaps = [longest - len(prompts[row]) for row in group]
+            ids = [[end] * gap + list(prompts[row]) for gap, row in zip(gaps, group, strict=True)]
+            mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+            written = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+            )[:, longest:]
+            for row, tokens in zip(group, written.tolist(), strict=True):
+                found[row] = tuple(tokens[: tokens.index(end)] if end in tokens else tokens)
+    return seconds[0], found
+
+
+def measure(given: argparse.Namespace) -> Result:
+    """Measure `given.side` in this process."""
+    from llm_emo import recipes
+    from llm_emo.experiment import Experiment, data_root
+    from llm_emo.labelling import open_labeller
+
+    dtype = ("model.dtype=float32",) if given.check else ()
+    recipe = recipes.load(given.recipe, [*given.overrides, *dtype])
+    experiment = Experiment.prepare(recipe, data_root(given.data_root))
+    labeller = open_labeller(experiment)
+    model = labeller.model.eval()
+    examples = experiment.examples("test")
+    count = min(CHECKED if given.check else given.rows, len(examples))
+    rows = random.Random(given.seed + given.round).sample(examples, count)
+    prompts = [row.prompt for row in labeller.encoder.encode(rows)]
+    end, longest = labeller.encoder.end, recipe.inference.max_new_tokens
+
+    def side(prompts: Sequence[Ids]) -> tuple[float, list[Ids]]:
+        if given.side == OURS:
+            return by_trie(
+                model, prompts, end=end, max_new_tokens=longest,
+                tokens_per_pass=recipe.inference.tokens_per_pass,
+            )  # fmt: skip
+        return by_padding(
+            model, prompts, end=end, max_new_tokens=longest, batch_size=given.batch_size
+        )
+
+    if given.side != OURS:
+        harness.stock(model)
+    if given.check:
+        return {"side": given.side, "tokens": side(prompts)[1]}
+    side(prompts[: given.batch_size])  # for warming up
+    harness.forget_peak()
+    seconds, found = side(prompts)
+    memory = harness.peak_memory()
+    return {
+        "side": given.side,
+        "round": given.round,
+        RATE: count / seconds,
+        "seconds": seconds,
+        "rows": count,
+        "tokens": found,
+        "prompt_tokens": sum(map(len, prompts)),
+        "peak_memory_bytes": memory,
+        "matrix": limits(given.side, model, prompts, found, recipe.inference.tokens_per_pass),
+        "max_new_tokens": longest,
+        "dtype": labeller.base.dtype,
+        "device": str(labeller.base.model.device),
+        "model": recipe.model.name,
+        "machine": harness.machine(*SHOWN),
+    }
+
+
+def limits(
+    side: str, model: Any, prompts: Sequence[Ids], found: Sequence[Ids], tokens_per_pass: int
+) -> dict[str, Any] | None:
+    """Count what prompts and written tokens need in one trie, and measure the rate of a pass.
+
+    The rate is that of reading prompts, whose products are large. Writing has a row of a product
+    per live text only and is bound by reading the weights; its share is small by nature.
+    """
+    if side != OURS:
+        return None
+    # The token that ends a row is predicted, never read.
+    nodes, depths = matrix.trie_sizes([p + w for p, w in zip(prompts, found, strict=True)])
+    read, _ = matrix.trie_sizes(prompts)
+    logits = sum(len(written) + 1 for written in found)
+    counted = matrix.operations(
+        model, nodes=nodes, logits=logits, pairs=matrix.pairs_in(depths), training=False
+    )
+    at = min(read, tokens_per_pass)
+    rate = matrix.rate(model, nodes=at, logits=len(prompts) * at // read + 1, training=False)
+    return {"operations": sum(counted.values()), "nodes": nodes, "read": read,
+            "operations_per_second": rate, "measured_at": {"nodes": at}}  # fmt: skip
+
+
+def require_same(found: dict[str, list[Sequence[int]]]) -> None:
+    """Refuse to compare sides that write different tokens.
+
+    Raises:
+        JobFailed: they do.
+    """
+    from llm_emo.errors import JobFailed
+
+    for peer, rows in found.items():
+        for place, (own, other) in enumerate(zip(found[OURS], rows, strict=True)):
+            if list(own) != list(other):
+                raise JobFailed(
+                    f"{peer} writes other tokens than {OURS} in float32 for row {place}: "
+                    f"{list(other)}, not {list(own)}"
+                )
+
+
+def report(results: Rounds, given: argparse.Namespace) -> str:
+    """Return everything that is printed."""
+    one = results[OURS][0]
+    for rounds in results.values():
+        for own, result in zip(results[OURS], rounds, strict=True):
+            needed = own["matrix"]["operations"] / own["matrix"]["operations_per_second"]
+            result["share_of_matrix_rate"] = needed / result["seconds"]
+    written = [len(row) for result in results[OURS] for row in result["tokens"]]
+    limit = one["matrix"]
+    rates = [result["matrix"]["operations_per_second"] / 1e9 for result in results[OURS]]
+    lines = [
+        f"{given.recipe}: {one['model']}, {one['dtype']} on {one['device']}, greedy, at most "
+        f"{one['max_new_tokens']} tokens, {one['rows']} rows a round; padded in batches of "
+        f"{given.batch_size}",
+        *harness.machine_lines(results, *SHOWN),
+        "",
+        harness.rates_table(
+            results, RATE,
+            ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"),
+        ),
+        "",
+        f"matrix products alone at {limit['measured_at']['nodes']} nodes: "
+        f"{statistics.median(rates):.1f} GFLOP/s; {limit['read']} distinct tokens of "
+        f"{one['prompt_tokens']} in the prompts",
+        f"{statistics.mean(written):.1f} tokens written a row",
+    ]  # fmt: skip
+    for peer, values in harness.ratios(results, RATE).items():
+        same = [
+            list(a) == list(b)
+            for own, other in zip(results[OURS], results[peer], strict=True)
+            for a, b in zip(own["tokens"], other["tokens"], strict=True)
+        ]
+        lines.append(
+            f"{harness.ratio_line(peer, values)}; all tokens equal in float32, in {one['dtype']} "
+            f"those of {statistics.mean(same):.1%} of rows"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = arguments(argv)
+
+    def body() -> None:
+        if given.side:
+            print(json.dumps(measure(given)))
+            return
+        sides = (OURS, *given.peers)
+        harness.tell("checking that both sides write the same tokens in float32")
+        require_same(
+            {
+                side: harness.run(__file__, argv, "--side", side, "--check")["tokens"]
+                for side in sides
+            }
+        )
+        results = harness.take_turns(
+            sides, given.rounds,
+            lambda side, turn: harness.run(__file__, argv, "--side", side, "--round", str(turn)),
+            rate=RATE,
+        )  # fmt: skip
+        text = report(results, given)
+        harness.write(
+            given, "generate.py", argv, ratios=harness.ratios(results, RATE), results=results
+        )
+        print(text)
+
+    return harness.main(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
