@@ -19,10 +19,13 @@ from llm_emo.folders import appearing
 from llm_emo.inference import score
 from llm_emo.labelling import Labeller, open_labeller
 from llm_emo.machine import say
-from llm_emo.models import auto, chatglm2_adapters
+from llm_emo.models import auto, chatglm2_adapters, meta
 
 Format = Literal["peft", "chatglm2", "merged"]
 MergeDtype = Literal["auto", "float32", "bfloat16", "nf4"]
+
+_SLACK = 16 << 20
+"""Bytes beside a merged model's weights: tokenizer, configs, card."""
 
 ROWS_COMPARED = 4
 """Training rows whose logits tell what merging or rounding changes."""
@@ -53,13 +56,17 @@ def export(
         RunError: the folder exists and is not empty, is the working directory, or the run is
             not finished.
         AdapterError: this method, or this base, has no such form.
-        JobFailed: the folder cannot be written.
+        JobFailed: there is no room for a merged model, or the folder cannot be written.
     """
     runs.require_free(folder)
     run.require_finished()
     if merge_dtype != "auto" and format != "merged":
         raise RunError(f"--merge-dtype {merge_dtype}: belongs to --format merged, not to {format}")
-    with appearing(folder) as hidden:
+    need, because = 0, ""
+    if format == "merged":
+        _require_mergeable(experiment, run)
+        need, because = _room(experiment, merge_dtype)
+    with appearing(folder, need, because) as hidden:
         match format:
             case "peft":
                 told = _peft(experiment, run, hidden)
@@ -117,10 +124,7 @@ def _require_adapter(experiment: Experiment) -> None:
 # --- merged -------------------------------------------------------------------------------------
 
 
-def _merged(
-    experiment: Experiment, run: runs.Run, folder: Path, merge_dtype: MergeDtype
-) -> dict[str, Any]:
-    """Merge into the unquantised base, and say how far that is from what the run computes."""
+def _require_mergeable(experiment: Experiment, run: runs.Run) -> None:
     recipe, trained = experiment.recipe, run.recipe.model.quantization
     if isinstance(recipe.method, recipes.PTuningV2):
         raise AdapterError(
@@ -134,6 +138,27 @@ def _merged(
             "where the result should be small, add --merge-dtype nf4, which rounds once, at the "
             "end"
         )
+
+
+def _room(experiment: Experiment, merge_dtype: MergeDtype) -> tuple[int, str]:
+    """Return the bytes that merging writes, and what of them does not stay."""
+    spec, method = experiment.recipe.model, recipes.ZeroShot(kind="zero_shot")
+    own = auto.dtype_of(spec, experiment.recipe.method)
+    dtype = own if merge_dtype in ("auto", "nf4") else getattr(torch, merge_dtype)
+    kept = "nf4" if merge_dtype == "nf4" else "none"
+    drawing = meta.draw(meta.config_of(spec)[0], method, dtype=dtype, quantization=kept)
+    need, because = drawing.weights + _SLACK, ""
+    if kept == "nf4":
+        need += drawing.parameters * dtype.itemsize
+        because = "to make nf4 of it, the unquantised model is written in between"
+    return need, because
+
+
+def _merged(
+    experiment: Experiment, run: runs.Run, folder: Path, merge_dtype: MergeDtype
+) -> dict[str, Any]:
+    """Merge into the unquantised base, and say how far that is from what the run computes."""
+    trained = run.recipe.model.quantization
     differences: dict[str, float] = {}
     own = None
     if trained != "none":

@@ -15,12 +15,13 @@ from llm_emo.errors import EmoError, JobFailed, RunError
 
 
 @contextlib.contextmanager
-def appearing(output: Path, need: int = 0) -> Iterator[Path]:
+def appearing(output: Path, need: int = 0, because: str = "") -> Iterator[Path]:
     """Yield a hidden folder beside `output` that becomes it at the end, or goes away.
 
     Args:
         output: absent or empty; a link stands for the folder that it names.
         need: the bytes that will be written; so much must be free.
+        because: why it is more than one would think, where it is.
 
     Raises:
         RunError: another process is at it, or no folder can appear under this name.
@@ -48,8 +49,9 @@ def appearing(output: Path, need: int = 0) -> Iterator[Path]:
                 shutil.rmtree(hidden)
             free = shutil.disk_usage(output.parent).free
             if free < need:
+                why = f" ({because})" if because else ""
                 raise JobFailed(
-                    f"{output}: needs {need / 2**30:.2f} GiB, but its disk has "
+                    f"{output}: needs {need / 2**30:.2f} GiB{why}, but its disk has "
                     f"{free / 2**30:.2f} GiB free; make room, or name a folder on another disk"
                 )
             hidden.mkdir()

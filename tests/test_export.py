@@ -9,9 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig
 
-from llm_emo import export, labelling, methods, opening, predictions, recipes, runs
+from llm_emo import export, folders, labelling, methods, opening, predictions, recipes, runs
 from llm_emo.encoding import Encoder
-from llm_emo.errors import AdapterError, RunError
+from llm_emo.errors import AdapterError, JobFailed, RunError
 from llm_emo.experiment import Experiment
 from llm_emo.fetch import sha256_of
 from llm_emo.models import auto, chatglm2, chatglm2_adapters
@@ -249,6 +249,31 @@ def test_a_base_that_is_stored_in_four_bits_is_merged_only_when_asked_how(tiny_f
     # Attached to dequantised weights, the adapter computes what it computed on the packed ones.
     torch.testing.assert_close(found.softmax(-1), expected, atol=1e-4, rtol=1e-3)
     assert told["logit_difference"]["merging"] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
+def test_room_for_a_merged_model_is_asked_for_before_any_weight_is_read(
+    dtype, trained, tiny_folder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "merged"
+    exported(trained, folder, "merged", dtype)
+    written = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    monkeypatch.setattr(export, "_SLACK", 0)
+    need, _ = export._room(opening.from_run(runs.open_run(trained), [], None), dtype)
+    # nf4 writes the unquantised model, as large as the base, and what is made of it.
+    between = (tiny_folder / "model.safetensors").stat().st_size if dtype == "nf4" else 0
+    assert need == pytest.approx(written + between, rel=0.1)
+
+    def nothing(*_):
+        raise AssertionError("read without room")
+
+    monkeypatch.setattr(auto, "load", nothing)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    with pytest.raises(JobFailed, match="GiB free") as caught:
+        exported(trained, tmp_path / "again", "merged", dtype)
+    assert ("in between" in str(caught.value)) is (dtype == "nf4")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_a_merge_dtype_without_a_merge_is_refused(trained, tmp_path):
