@@ -46,13 +46,15 @@ def show_inventory(result: dict[str, Any]) -> None:
     """Print the corpora, and where to get those that are not found."""
     console = _console()
     table = Table("dataset", "language", "train", "dev", "test", "all", "protocols")
+    table.columns[0].no_wrap = True
+    table.columns[-1].no_wrap = True  # a name that is cut cannot be typed
     for entry in result["datasets"]:
         counts = {part: str(values["utterances"]) for part, values in entry["splits"].items()}
         table.add_row(
             entry["name"],
             entry["language"],
             *(counts.get(part, "") for part in ("train", "dev", "test", "all")),
-            ", ".join(entry["protocols"]),
+            "\n".join(entry["protocols"]),
         )
     console.print(table)
     for entry in result["datasets"]:
@@ -73,7 +75,7 @@ def show_check(result: dict[str, Any]) -> None:
     console.print(table)
     if result.get("test_texts_in_train"):
         console.print(f"{result['test_texts_in_train']} test texts also stand in train")
-    console.print("recipe, prompt, data and tokenizer fit")
+    console.print("recipe, prompt, data, tokenizer and model fit")
 
 
 def show_examples(result: dict[str, Any]) -> None:
