@@ -312,8 +312,8 @@ def export(
     merge_dtype: Annotated[
         str,
         typer.Option(help="With --format merged: auto (what the run computes in), float32, "
-                     "bfloat16, or nf4, which rounds the merged weights to 4 bits and says by "
-                     "how much."),
+                     "bfloat16, or, rounded after merging and saying by how much, float16 or "
+                     "nf4 (4 bits)."),
     ] = "auto",
     data_root: DataRoot = None,
     set_: Set = None,
@@ -324,7 +324,7 @@ def export(
     from llm_emo import opening, runs
 
     _one_of("--format", format_, ("peft", "merged", "chatglm2"))
-    _one_of("--merge-dtype", merge_dtype, ("auto", "float32", "bfloat16", "nf4"))
+    _one_of("--merge-dtype", merge_dtype, ("auto", "float32", "bfloat16", "float16", "nf4"))
     opened = runs.open_run(run)
     experiment = opening.from_run(opened, set_ or [], data_root)
     from llm_emo.export import export as write

@@ -35,7 +35,6 @@ To = Literal["native", "chatglm2"]
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-_LICENCES = ("MODEL_LICENSE", "LICENSE", "LICENSE.txt")  # ChatGLM2's asks to be passed on
 _SLACK = 64 << 20
 """Bytes beside the weights: tokenizer, configs, manifest, and what a file system rounds up."""
 
@@ -390,9 +389,8 @@ def _finish(checkpoint: _Checkpoint, folder: Path, model_file: Path | None, done
             inputs[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     if model_file is not None:
         shutil.copyfile(model_file, folder / TOKENIZER)
-    for name in _LICENCES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    for path in licences(checkpoint.folder):
+        shutil.copyfile(path, folder / path.name)
     files = {
         path.name: done.weights.get(path.name)
         or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -409,6 +407,12 @@ def _finish(checkpoint: _Checkpoint, folder: Path, model_file: Path | None, done
         "files": files,
     }
     _write_json(folder / MANIFEST, manifest)
+
+
+def licences(folder: Path) -> list[Path]:
+    """Return the licence files of a model; ChatGLM2's asks to be passed on."""
+    found = (*folder.glob("MODEL_LICENSE*"), *folder.glob("LICENSE*"))
+    return sorted(path for path in found if path.is_file())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

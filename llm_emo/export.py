@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from llm_emo import methods, recipes, runs
+from llm_emo import convert, methods, recipes, runs
 from llm_emo.encoding import Encoder
 from llm_emo.errors import AdapterError, RunError
 from llm_emo.experiment import Experiment
@@ -22,7 +22,7 @@ from llm_emo.machine import say
 from llm_emo.models import auto, chatglm2_adapters, meta
 
 Format = Literal["peft", "chatglm2", "merged"]
-MergeDtype = Literal["auto", "float32", "bfloat16", "nf4"]
+MergeDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 
 _SLACK = 16 << 20
 """Bytes beside a merged model's weights: tokenizer, configs, card."""
@@ -47,7 +47,7 @@ def export(
         format: `peft`, an adapter folder; `chatglm2`, one for programs that run ChatGLM2's
             original code; `merged`, the whole model.
         merge_dtype: How `merged` stores the weights: `auto` takes the dtype in which the recipe
-            computes on this machine, `nf4` quantises them after merging.
+            computes on this machine; `float16` and `nf4` round them after merging.
 
     Returns:
         What was written and, for a merged model, by how much its logits differ; for JSON.
@@ -164,8 +164,12 @@ def _merged(
     if trained != "none":
         own = _logits(open_labeller(_on(experiment, quantization=trained), run))
         say(f"trained on an {trained} base; merging into the base as it is stored, unquantised")
-    dtype = {} if merge_dtype in ("auto", "nf4") else {"dtype": merge_dtype}
-    plain = _on(experiment, quantization="none", **dtype)
+    dtype = experiment.recipe.model.dtype
+    if merge_dtype in ("float32", "bfloat16"):
+        dtype = merge_dtype
+    elif merge_dtype == "float16" and dtype == "auto":
+        dtype = "float32"  # has room for every number of a base in float16; bfloat16 rounds them
+    plain = _on(experiment, quantization="none", dtype=dtype)
     labeller, packed = _unquantised(plain, run, merge_dtype)
     before = _logits(labeller)
     if isinstance(labeller.model, PeftModel):
@@ -182,8 +186,14 @@ def _merged(
         )
         stored = "nf4"
     else:
+        if merge_dtype == "float16":
+            differences["rounding"] = _largest(_halved(labeller) - merged)
+            stored = "float16"
         labeller.model.save_pretrained(str(folder), save_original_format=not packed)  # type: ignore[operator]
     labeller.base.tokenizer.save_pretrained(str(folder))
+    model = experiment.recipe.model
+    if model.origin == "folder":
+        _pass_on(Path(model.name).expanduser(), folder)
     for step, value in differences.items():
         say(f"largest change of an answer's logits by {step.replace('_', ' ')}: {value:.2g}")
     return {"merge_dtype": stored, "logit_difference": differences}
@@ -224,6 +234,34 @@ def _unquantised(
     methods.load_adapter(model, run.adapter)
     encoder = Encoder(base.tokenizer, experiment.recipe.prompt.max_length)
     return Labeller(experiment, base, model, encoder), True
+
+
+@torch.no_grad()
+def _halved(labeller: Labeller) -> Tensor:
+    """Keep the weights in float16; return the logits that they give, computed as before.
+
+    Raises:
+        AdapterError: float16 has no such number.
+    """
+    for name, parameter in labeller.model.named_parameters():
+        half = parameter.half()
+        if not half.isfinite().all():
+            raise AdapterError(
+                f"--merge-dtype float16: {name} holds numbers beyond 65,504, where float16 ends; "
+                "take bfloat16 or float32"
+            )
+        parameter.data = half.to(parameter.dtype)
+    logits = _logits(labeller)
+    for parameter in labeller.model.parameters():
+        parameter.data = parameter.half()  # to be stored; nothing is computed in it
+    return logits
+
+
+def _pass_on(base: Path, folder: Path) -> None:
+    """Copy what belongs with a base's weights and transformers does not save."""
+    for path in (*convert.licences(base), base / convert.TOKENIZER):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def _requantised(labeller: Labeller, folder: Path, *, packed: bool) -> Tensor:

@@ -196,6 +196,53 @@ def test_a_merged_model_is_stored_in_the_dtype_that_was_asked_for(trained, tmp_p
     assert 0 < rounding < 0.5
 
 
+def test_half_precision_is_stored_and_never_computed_in(trained, tmp_path, monkeypatch):
+    real, computed = export._logits, []
+
+    def noting(labeller):
+        computed.append({parameter.dtype for parameter in labeller.model.parameters()})
+        return real(labeller)
+
+    monkeypatch.setattr(export, "_logits", noting)
+    out = tmp_path / "fp16"
+    program.call(
+        "export", trained, "-o", out, "--format", "merged", "--merge-dtype", "float16"
+    ).ok()
+    assert computed == [{torch.float32}] * 3
+    stored = load_file(out / "model.safetensors")
+    exported(trained, tmp_path / "fp32", "merged")
+    exact = load_file(tmp_path / "fp32/model.safetensors")
+    assert stored.keys() == exact.keys()
+    assert all(torch.equal(stored[name], exact[name].half()) for name in exact), "rounded once"
+    assert json.loads((out / "config.json").read_text("utf-8"))["dtype"] == "float16"
+    rounding = (logits(out, dtype=torch.float32) - logits(tmp_path / "fp32")).abs().max()
+    assert 0 < rounding < 0.05
+    spec = recipes.Model(name=str(out), revision=None, dtype="auto", quantization="none")
+    loaded = auto.load(spec, recipes.ZeroShot(kind="zero_shot"))
+    assert loaded.model.dtype in (torch.float32, torch.bfloat16)
+
+
+def test_numbers_that_half_precision_does_not_have_are_refused(trained):
+    opened = runs.open_run(trained)
+    labeller = labelling.open_labeller(opening.from_run(opened, [], None), opened)
+    labeller.model.get_input_embeddings().weight.data[3, 3] = 70_000
+    with pytest.raises(AdapterError, match=r"embed_tokens.*65,504.*bfloat16"):
+        export._halved(labeller)
+
+
+def test_a_merged_chatglm2_keeps_its_licence_and_the_model_of_its_tokenizer(glm_folder, tmp_path):
+    base = shutil.copytree(glm_folder, tmp_path / "base")
+    passed_on = {"MODEL_LICENSE": b"terms", "LICENSE.md": b"more", "tokenizer.model": b"pieces"}
+    for name, content in passed_on.items():
+        (base / name).write_bytes(content)
+    run = program.train(tmp_path / "run", base, "mastodon/lora", QKV, "train.epochs=1")
+    for dtype in ("float32", "nf4"):
+        told = exported(run, tmp_path / dtype, "merged", dtype)
+        for name, content in passed_on.items():
+            assert (tmp_path / dtype / name).read_bytes() == content
+            assert name in told["files"]
+
+
 def test_a_model_merged_into_four_bits_tells_what_that_costs(trained, tmp_path, capsys):
     told = exported(trained, tmp_path / "nf4", "merged", "nf4")
     exported(trained, tmp_path / "fp32", "merged")
@@ -251,7 +298,7 @@ def test_a_base_that_is_stored_in_four_bits_is_merged_only_when_asked_how(tiny_f
     assert told["logit_difference"]["merging"] < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "nf4"])
 def test_room_for_a_merged_model_is_asked_for_before_any_weight_is_read(
     dtype, trained, tiny_folder, tmp_path, monkeypatch
 ):
