@@ -292,7 +292,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(run_copy):
     save_file(tensors, path)
     program.call("evaluate", run_copy).refused(str(path), "missing")
     path.write_bytes(path.read_bytes()[:100])
-    program.call("evaluate", run_copy).refused(str(path), "cannot be read")
+    program.call("evaluate", run_copy).refused(str(path), "is truncated or damaged")
 
 
 # --- run folders --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
 }  # fmt: skip
 _LFS = b"version https://git-lfs"
-_AGAIN = "download it again"
+_AGAIN = "download or write it again"
 _CHUNK = 1 << 22
 
 
