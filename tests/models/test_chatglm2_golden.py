@@ -375,7 +375,7 @@ def test_a_prefix_on_a_four_bit_base_is_that_prefix_on_the_same_weights_written_
         ids = cases[f"nopad.{length}.input_ids"]
         golden = logits(plain, input_ids=ids)
         assert worst(logits(packed, input_ids=ids), golden) <= REORDERED
-        # Two orders of sums differ from the plain one here: the dequantised weights' and the trie's.
+        # Two orders of sums differ here: the dequantised weights' and the trie's.
         assert worst(through_trie(packed, ids.tolist()), golden) <= 2 * REORDERED
         # What four bits cost is another matter, and a thousand times as much.
         assert worst(golden, cases[f"{kind}.nopad.{length}.logits"]) > 100 * REORDERED
