@@ -235,6 +235,7 @@ def _visible(
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
         and getattr(config, "attn_logit_softcapping", None) is None
+        and not (inner.training and getattr(config, "attention_dropout", 0))
         and not _slides(config, query)
         and (pieces := cheapest(trie.exit, trie.nodes)) is not None
         and (pieces.scores <= attention.PLAIN_SCORES or not torch.is_grad_enabled())

@@ -157,6 +157,16 @@ def test_a_window_that_binds_keeps_the_dense_mask(counted):
     assert not counted
 
 
+def test_dropout_inside_attention_is_left_to_sdpa(counted):
+    made, trie = ours("llama", "lora"), batch()
+    made.get_base_model().config.attention_dropout = 0.1
+    with torch.no_grad():
+        node_logits(made.train(), trie, trie.last)
+        assert not counted
+        node_logits(made.eval(), trie, trie.last)
+    assert counted
+
+
 def test_scores_that_would_be_kept_for_the_backward_pass_have_a_limit(counted, monkeypatch):
     made, trie = ours("llama", "lora"), batch()
     monkeypatch.setattr(attention, "PLAIN_SCORES", 10)
