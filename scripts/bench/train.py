@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import harness, matrix, trainers
+from common import harness, llama_factory, matrix, trainers
 from common.harness import OURS, Result, Rounds
 from common.trainers import PEERS, SIDES
 
@@ -73,6 +73,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--check", action="store_true",
         help="with --side: do not train, compute the first batch's loss in float32",
     )  # fmt: skip
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.peers is not None:
         given.peers = harness.peers_of(parser, given.peers, SIDES)
@@ -156,6 +157,10 @@ def measure(given: argparse.Namespace) -> Result:
         EmoError: recipe, data and model do not fit, or the side cannot train the method.
     """
     recipe, labeller, steps = prepared(given)
+    if given.prepare:
+        kept = steps[:1] if given.check else steps
+        llama_factory.prepare(given.prepare, recipe, kept, WARM_UP)
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainers.trainer_of(
             given.side, labeller.model, labeller.base.tokenizer, steps, recipe.train,
@@ -323,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.side:
             print(json.dumps(measure(given)))
             return
-        sides = (OURS, *peers_for(given, recipe_of(given).method.kind))
+        wanted = (OURS, *peers_for(given, recipe_of(given).method.kind))
+        sides, missing = to_be_had(wanted)
         harness.tell("checking that all sides have the same loss in float32")
         losses = {side: run(argv, side, "--check")["loss"] for side in sides}
         require_same(losses, {side: [] for side in sides})
@@ -334,17 +340,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_same(losses, results)
         with_shares(results)
         harness.write(
-            given, "train.py", argv, first_loss_in_float32=losses,
+            given, "train.py", argv, first_loss_in_float32=losses, left_out=missing,
             ratios=harness.ratios(results, RATE), results=results,
         )  # fmt: skip
-        print(report(losses, results, given))
+        print("\n".join([report(losses, results, given), *missing]))
 
     return harness.main(body)
 
 
 def run(argv: Sequence[str], side: str, *options: str) -> Result:
     """Measure one side once in a process of its own."""
-    return harness.run(__file__, argv, "--side", side, *options)
+    if side != "llama_factory":
+        return harness.run(__file__, argv, "--side", side, *options)
+    with tempfile.TemporaryDirectory() as folder:
+        harness.run(__file__, argv, "--side", side, "--prepare", folder, *options)
+        config = str(Path(folder) / llama_factory.CONFIG)
+        return harness.run(llama_factory.__file__, [config], python=llama_factory.python())
+
+
+def to_be_had(sides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the sides that can be measured here, and why others cannot."""
+    from llm_emo.errors import JobFailed
+
+    if "llama_factory" in sides:
+        try:
+            llama_factory.python()
+        except JobFailed as error:
+            left = [side for side in sides if side != "llama_factory"]
+            return left, [
+                f"left out: its dependencies cannot be had beside these versions: {error}"
+            ]
+    return list(sides), []
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
+if str(ROOT) not in sys.path:  # this checkout, installed or not
+    sys.path.append(str(ROOT))
 OURS = "llm_emo"
 
 Result = dict[str, Any]

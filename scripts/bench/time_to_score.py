@@ -1,0 +1,237 @@
+"""Time to a score: how long each trainer trains until dev macro-F1 is what is wanted.
+
+    python scripts/bench/time_to_score.py --data-root DATA --recipe mastodon/lora --target 0.6
+
+Examples per second compare steps; this compares what a user waits for. Both sides train the same
+rows in the same steps from the same start, and every few steps both are measured on dev by this
+program's scoring and metrics, off the clock. The clock of a side stops at the first measurement
+that reaches the target.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import harness, trainers
+from common.harness import OURS, Result, Rounds
+
+RATE = "targets_per_hour"
+SIDES = {name: text for name, text in trainers.SIDES.items() if name != "llama_factory"}
+SHOWN = ("torch", "transformers", "peft", "trl")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's arguments; exits with 2 where they are wrong."""
+    parser = argparse.ArgumentParser(
+        description="Print how long this program and others train until a dev macro-F1.",
+        epilog="example: python scripts/bench/time_to_score.py --data-root DATA "
+        "--recipe mastodon/lora --target 0.6 --every 10 -o time.json",
+    )
+    harness.add_recipe(parser, "mastodon/lora")
+    parser.add_argument(
+        "--target", type=float, default=0.6, help="macro-F1 on dev, 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--every",
+        type=harness.positive,
+        default=10,
+        help="steps between measurements (default: 10)",
+    )
+    parser.add_argument(
+        "--peers", default="trl", metavar="A,B",
+        help="whom to measure beside llm_emo (default: %(default)s)",
+    )  # fmt: skip
+    harness.add_common(parser, rounds=1)
+    parser.add_argument(
+        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
+    )
+    given = parser.parse_args(argv)
+    given.peers = harness.peers_of(parser, given.peers, SIDES)
+    if not 0 < given.target < 1:
+        parser.error(f"--target: expected a share between 0 and 1, found {given.target}")
+    return given
+
+
+def until_target(
+    trainer: Any, score: Any, *, target: float, every: int
+) -> tuple[float | None, list[tuple[int, float, float]]]:
+    """Train until `score()` reaches the target.
+
+    Returns:
+        The seconds of training until then, or None where the steps ended before; and for every
+        measurement its step, the seconds of training until it, and the score.
+    """
+    from transformers import TrainerCallback
+
+    trail: list[tuple[int, float, float]] = []
+    started = 0.0  # moved forward by every measurement, so that none is on the clock
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            nonlocal started
+            if state.global_step % every and state.global_step != state.max_steps:
+                return control
+            harness.synchronise()
+            paused = time.perf_counter()
+            trail.append((state.global_step, paused - started, score()))
+            control.should_training_stop |= trail[-1][2] >= target
+            started += time.perf_counter() - paused
+            return control
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    reached = trail[-1][2] >= target
+    return trail[-1][1] if reached else None, trail
+
+
+def measure(given: argparse.Namespace) -> Result:
+    """Measure `given.side` in this process.
+
+    Raises:
+        JobFailed: the target was not reached.
+    """
+    from llm_emo import attention, metrics, recipes
+    from llm_emo.errors import JobFailed, RecipeError
+    from llm_emo.experiment import Experiment, data_root
+    from llm_emo.labelling import open_labeller
+
+    recipe = recipes.load(given.recipe, given.overrides)
+    if recipe.train is None:
+        raise RecipeError(f"{given.recipe}: trains nothing; take a recipe with a method that does")
+    epochs = recipe.train.epochs
+    size = recipe.train.batch_size
+    whole = [f"train.micro_batch_size={size}", "train.epochs=1"]
+    settings = recipes.load(given.recipe, [*given.overrides, *whole]).train
+    experiment = Experiment.prepare(recipe, data_root(given.data_root))
+    labeller = open_labeller(experiment)
+    train, dev = experiment.rows("train"), experiment.examples("dev")
+    encoded = labeller.encoder.encode(experiment.render(train))
+    groups = None
+    if recipe.prompt.history_window != 0:
+        groups = [row.utterance.dialogue or row.utterance.uid for row in train]
+    # One epoch of all epochs' steps: the learning rate falls over all of them.
+    steps = [
+        step
+        for epoch in range(epochs)
+        for step in trainers.drawn(
+            encoded, size, len(encoded) // size, 1000 * (given.seed + given.round) + epoch, groups
+        )
+    ]
+
+    def score() -> float:
+        model = labeller.model
+        training = model.training
+        _attend(model, attention.NAME)
+        rows = [(p.gold or "", p.label) for p in labeller.predict(dev)]
+        model.train(training)
+        if given.side != OURS:
+            harness.stock(model)
+        return metrics.point(
+            [gold for gold, _ in rows], [label for _, label in rows],
+            experiment.protocol.labels, "macro_f1",
+            averaged_over=experiment.protocol.averaged_over,
+        )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainers.trainer_of(
+            given.side, labeller.model, labeller.base.tokenizer, steps, settings,
+            folder=Path(folder), seed=recipe.seed,
+        )  # fmt: skip
+        harness.forget_peak()
+        seconds, trail = until_target(trainer, score, target=given.target, every=given.every)
+    if seconds is None:
+        best = max(value for _, _, value in trail)
+        raise JobFailed(
+            f"{given.side}: dev macro-F1 did not reach {given.target} in {trail[-1][0]} steps "
+            f"(best: {best:.3f}); take a lower --target"
+        )
+    return {
+        "side": given.side,
+        "round": given.round,
+        RATE: 3600 / seconds,
+        "seconds": seconds,
+        "steps": trail[-1][0],
+        "macro_f1": trail[-1][2],
+        "trail": trail,
+        "peak_memory_bytes": harness.peak_memory(),
+        "batch_size": size,
+        "dev_rows": len(dev),
+        "dtype": labeller.base.dtype,
+        "device": str(labeller.base.model.device),
+        "model": recipe.model.name,
+        "machine": harness.machine(*SHOWN),
+    }
+
+
+def _attend(model: Any, name: str) -> None:
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation(name)
+            return
+
+
+def report(results: Rounds, given: argparse.Namespace) -> str:
+    """Return everything that is printed."""
+    one = results[OURS][0]
+    rows = []
+    for side, rounds in results.items():
+        seconds = [result["seconds"] for result in rounds]
+        rows.append(
+            [
+                side,
+                f"{statistics.median(seconds):.0f} s", f"{min(seconds):.0f}", f"{max(seconds):.0f}",
+                ", ".join(str(result["steps"]) for result in rounds),
+                ", ".join(f"{result['macro_f1']:.3f}" for result in rounds),
+                f"{max(result['peak_memory_bytes'] for result in rounds) / 2**20:.0f} MiB",
+            ]
+        )  # fmt: skip
+    heads = ["", "training", "min", "max", "steps", "macro-F1", "peak memory"]
+    lines = [
+        f"{given.recipe}: {one['model']}, {one['dtype']} on {one['device']}, batch "
+        f"{one['batch_size']}; until macro-F1 {given.target} on {one['dev_rows']} dev rows, "
+        f"measured every {given.every} steps off the clock; seed {given.seed}",
+        *harness.machine_lines(results, *SHOWN),
+        "",
+        harness.columns(heads, rows),
+        "",
+        *(harness.ratio_line(*pair) for pair in harness.ratios(results, RATE).items()),
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = arguments(argv)
+
+    def body() -> None:
+        if given.side:
+            print(json.dumps(measure(given)))
+            return
+        for peer in given.peers:
+            trainers.require(peer)
+        results = harness.take_turns(
+            (OURS, *given.peers), given.rounds,
+            lambda side, turn: harness.run(__file__, argv, "--side", side, "--round", str(turn)),
+            rate=RATE,
+        )  # fmt: skip
+        harness.write(
+            given, "time_to_score.py", argv, ratios=harness.ratios(results, RATE), results=results
+        )
+        print(report(results, given))
+
+    return harness.main(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
