@@ -318,3 +318,44 @@ def test_the_report_shows_rates_ratios_differences_and_versions():
     assert "a step needs 1.0 GFLOP of distinct tokens: linear 90%, head 10%" in text
     row = next(line for line in text.splitlines() if line.startswith("llm_emo "))
     assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "60%", "3", "MiB"]
+
+
+# --- LLaMA-Factory ------------------------------------------------------------------------------
+
+
+def test_llama_factory_gets_the_rows_in_their_order_and_the_programs_arguments(
+    tmp_path, tiny_folder
+):
+    import json
+
+    from datasets import load_from_disk
+
+    from llm_emo import recipes
+
+    factory = common("llama_factory")
+    recipe = recipes.load(
+        "mastodon/lora",
+        [f"model.name={tiny_folder}", "model.dtype=float32", "train.batch_size=4",
+         "train.micro_batch_size=4", "train.learning_rate=3e-3"],
+    )  # fmt: skip
+    written = factory.prepare(tmp_path, recipe, [ROWS[:4], ROWS[4:8]], 1)
+    arguments = json.loads(written.read_text())["arguments"]
+    assert arguments["model_name_or_path"] == str(tiny_folder)
+    assert (arguments["lora_rank"], arguments["lora_alpha"], arguments["bf16"]) == (8, 16, False)
+    assert arguments["lora_target"] == "q_proj,k_proj,v_proj,o_proj"
+    assert (arguments["learning_rate"], arguments["per_device_train_batch_size"]) == (3e-3, 4)
+    rows = load_from_disk(arguments["tokenized_path"])["train"]
+    assert [row["input_ids"] for row in rows] == [[*r.prompt, *r.answer] for r in ROWS[:8]]
+    assert rows[0]["labels"] == [-100] * len(ROWS[0].prompt) + list(ROWS[0].answer)
+
+
+def test_a_peer_whose_packages_cannot_be_had_is_left_out_and_named(monkeypatch):
+    def fails():
+        raise JobFailed("no matching distribution")
+
+    monkeypatch.setattr(bench.llama_factory, "python", fails)
+    sides, why = bench.to_be_had(["llm_emo", "llama_factory", "padded"])
+    assert sides == ["llm_emo", "padded"]
+    assert "llama_factory" in why[0]
+    assert "no matching distribution" in why[0]
+    assert bench.to_be_had(["llm_emo", "trl"]) == (["llm_emo", "trl"], [])

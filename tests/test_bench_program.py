@@ -141,7 +141,8 @@ def watched(tmp_path, values, *, target, every):
     rows = tiny.encoded(8)
     trainer = trainers.trainer_of(
         "padded", tiny.adapted("llama", "lora"), tiny.tokenizer(),
-        [rows[start : start + 2] for start in (0, 2, 4, 6)], tiny.train(batch_size=2, micro_batch_size=2), folder=tmp_path, seed=0,
+        [rows[start : start + 2] for start in (0, 2, 4, 6)],
+        tiny.train(batch_size=2, micro_batch_size=2), folder=tmp_path, seed=0,
     )  # fmt: skip
     left = iter(values)
 

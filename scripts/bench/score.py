@@ -328,7 +328,7 @@ def run(argv: Sequence[str], side: str, *options: str) -> Result:
     python = sys.executable
     if side == "lm_eval":
         # Its packages pin an older python-dateutil than this program is tested with.
-        python = str(harness.peer_python("lm_eval", [LM_EVAL], share=True))
+        python = str(harness.peer_python("lm_eval", [LM_EVAL]))
     return harness.run(__file__, argv, "--side", side, *options, python=python)
 
 

@@ -367,9 +367,8 @@ def to_be_had(sides: Sequence[str]) -> tuple[list[str], list[str]]:
             llama_factory.python()
         except JobFailed as error:
             left = [side for side in sides if side != "llama_factory"]
-            return left, [
-                f"left out: its dependencies cannot be had beside these versions: {error}"
-            ]
+            why = "left out: its dependencies cannot be had beside these versions"
+            return left, [f"llama_factory {why}: {error}"]
     return list(sides), []
 
 

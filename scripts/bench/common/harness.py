@@ -140,16 +140,22 @@ def ratio_line(peer: str, values: Sequence[float]) -> str:
 
 
 def peer_python(
-    name: str, requirements: Sequence[str], *, share: bool, constraints: Sequence[str] = ()
+    name: str,
+    requirements: Sequence[str],
+    *,
+    constraints: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Path:
     """Return the Python of an environment that has a peer's requirements, made on first use.
 
     Args:
         name: The environment's name, under `build/bench` of the checkout.
         requirements: What to install.
-        share: Whether packages of this Python are seen from there where it has none of its own.
-            What the peer pins otherwise shadows them there and changes nothing here.
         constraints: Further versions to hold to, as pip writes them.
+        without: Packages to take away again afterwards.
+
+    Packages of this Python are seen from there, torch above all; what the peer pins otherwise is
+    installed there, where it shadows them, and changes nothing here.
 
     Raises:
         JobFailed: they cannot be installed; the message ends with pip's own.
@@ -159,15 +165,14 @@ def peer_python(
     folder = ROOT / "build" / "bench" / name
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = folder / "complete"
-    if done.exists() and done.read_text("utf-8") == "\n".join([*requirements, *constraints]):
+    wanted = "\n".join([*requirements, *constraints, *without])
+    if done.exists() and done.read_text("utf-8") == wanted:
         return python
     tell(f"{folder}: installing {', '.join(requirements)}")
-    venv.create(folder, clear=True, with_pip=not share)
-    if share:
-        own = _site_packages(python)
-        here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-        lines = [f"import site; site.addsitedir({path!r})" for path in here]
-        (own / "parent.pth").write_text("\n".join(lines) + "\n", "utf-8")
+    venv.create(folder, clear=True, with_pip=True)
+    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in here]
+    (_site_packages(python) / "parent.pth").write_text("\n".join(lines) + "\n", "utf-8")
     held = folder / "constraints.txt"
     held.write_text("".join(f"{line}\n" for line in constraints), "utf-8")
     command = [python, "-m", "pip", "install", "--quiet", "-c", held, *requirements]
@@ -175,7 +180,10 @@ def peer_python(
     if installed.returncode:
         tail = " ".join(installed.stderr.strip().splitlines()[-6:])
         raise JobFailed(f"{name}: {', '.join(requirements)} cannot be installed: {tail}")
-    done.write_text("\n".join([*requirements, *constraints]), "utf-8")
+    if without:
+        command = [python, "-m", "pip", "uninstall", "--quiet", "--yes", *without]
+        subprocess.run(command, capture_output=True, check=True)
+    done.write_text(wanted, "utf-8")
     return python
 
 

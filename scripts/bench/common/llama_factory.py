@@ -9,10 +9,13 @@ LLaMA-Factory pins other versions of transformers, PEFT, TRL and datasets than t
 are installed where only that environment sees them, over this one's torch.
 """
 
+import importlib.machinery
+import importlib.util
 import itertools
 import json
 import sys
 import time
+import types
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +43,11 @@ def python() -> Path:
     """
     torch = metadata.version("torch").partition("+")[0]
     return harness.peer_python(
-        "llama_factory", REQUIREMENTS, share=True, constraints=[f"torch=={torch}"]
+        "llama_factory",
+        REQUIREMENTS,
+        constraints=[f"torch=={torch}"],
+        # For images and sound only; built for CUDA, they cannot be imported beside a torch without.
+        without=("torchvision", "torchaudio"),
     )
 
 
@@ -97,9 +104,20 @@ def prepare(folder: Path, recipe: Any, steps: trainers.Steps, warm_up: int) -> P
     return written
 
 
+def _without_sound() -> None:
+    """Let LLaMA-Factory import torchaudio, which it does at once and texts have no use for."""
+    name = "torchaudio"
+    if importlib.util.find_spec(name) is None:
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = module
+
+
 def measure(config: dict[str, Any]) -> dict[str, Any]:
     """Train with LLaMA-Factory; return seconds, losses, and what its batches held."""
     import torch
+
+    _without_sound()
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer, TrainerCallback
 
