@@ -1,0 +1,215 @@
+"""Stage 1: sentence classifiers over encoders, and their features."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DebertaV2Config,
+    ElectraConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from llm_emo.baselines import encoder, storage
+from llm_emo.baselines.settings import EncoderSettings
+from llm_emo.errors import ModelError
+
+SETTINGS = EncoderSettings(max_length=12, dropout=0.0)
+WORDS = [
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "so",
+    "sad",
+    "glad",
+    "we",
+    "are",
+    "cls",
+    "sep",
+    "[",
+    "]",
+]
+TEXTS = ["so sad", "we are glad", "so", "we are so so so glad", "sad we are", "glad", "are we", ""]
+
+
+def tokenizer(*, cls=True):
+    backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if cls:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]",
+        cls_token="[CLS]", model_max_length=16,
+    )  # fmt: skip
+
+
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 5,
+    "num_attention_heads": 2, "intermediate_size": 24, "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+CONFIGS = {
+    "bert": lambda **c: BertConfig(**SIZES | c),
+    "roberta": lambda **c: RobertaConfig(**SIZES | {"max_position_embeddings": 40} | c),
+    "electra": lambda **c: ElectraConfig(**SIZES | {"embedding_size": 16} | c),
+    "deberta-v2": lambda **c: DebertaV2Config(**SIZES | c),
+}
+each_encoder = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def save(folder, kind="bert", *, cls=True, **changes):
+    torch.manual_seed(0)
+    AutoModel.from_config(CONFIGS[kind](**changes)).save_pretrained(folder)
+    tokenizer(cls=cls).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def loaded(request, tmp_path):
+    return encoder.load(save(tmp_path / "encoder"), SETTINGS, classes=3)
+
+
+@each_encoder
+def test_features_are_cls_of_the_last_four_layers_in_their_order(kind, tmp_path):
+    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
+    found = encoder.extract(model, tokens, TEXTS, max_length=12, tokens_per_pass=1000)
+    assert found.shape == (len(TEXTS), 4 * 16)
+    assert found.dtype == np.float32
+    ids = torch.tensor([encoder.tokenize(tokens, ["we are glad"], 12)[0]])
+    assert ids[0, 0] == 1
+    with torch.no_grad():
+        states = model.encoder(ids, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[layer][0, 0] for layer in (2, 3, 4, 5)])
+    assert torch.allclose(torch.from_numpy(found[1]), expected, atol=1e-5)
+
+
+@each_encoder
+def test_features_depend_on_the_text_alone(kind, tmp_path):
+    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
+    whole = encoder.extract(model, tokens, TEXTS, max_length=12, tokens_per_pass=1000)
+    turned = encoder.extract(model, tokens, TEXTS[::-1], max_length=12, tokens_per_pass=10)
+    assert np.allclose(whole, turned[::-1], atol=1e-5)
+    assert not np.allclose(whole[0], whole[1], atol=1e-3)
+
+
+@each_encoder
+def test_every_parameter_gets_a_gradient(kind, tmp_path):
+    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
+    ids, mask = encoder.pad(encoder.tokenize(tokens, TEXTS, 12), 0)
+    torch.nn.functional.cross_entropy(model(ids, mask), torch.arange(8) % 3).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def overfits(model, ids, mask, labels):
+    """Whether at most 500 steps on the same rows get all of them right."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0)
+    for _ in range(500):
+        optimizer.zero_grad()
+        logits = model(ids, mask)
+        if (logits.argmax(1) == labels).all():
+            return True
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    return False
+
+
+@each_encoder
+def test_it_overfits_32_rows(kind, tmp_path):
+    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=4)
+    words = ["so", "sad", "glad", "we", "are"]
+    texts = [f"{a} {b}" for a in words for b in words] + [f"{a} so sad" for a in words]
+    texts += ["we are glad", "so so so"]
+    ids, mask = encoder.pad(encoder.tokenize(tokens, texts, 12), 0)
+    assert overfits(model, ids, mask, torch.arange(32) % 4)
+
+
+def test_the_head_has_roberta_s_parameters(loaded):
+    model, _ = loaded
+    own = sum(p.numel() for p in model.parameters())
+    inner = sum(p.numel() for p in model.encoder.parameters())
+    assert own - inner == 16 * 16 + 16 + 16 * 3 + 3
+
+
+def test_saved_and_loaded_it_gives_the_same_bits(loaded, tmp_path):
+    model, tokens = loaded
+    ids, mask = encoder.pad(encoder.tokenize(tokens, TEXTS, 12), 0)
+    storage.save_weights(tmp_path / "stage1.safetensors", model.eval())
+    torch.manual_seed(5)
+    again, _ = encoder.load(str(tmp_path / "encoder"), SETTINGS, classes=3)
+    assert not torch.equal(again.eval()(ids, mask), model(ids, mask))
+    storage.load_weights(tmp_path / "stage1.safetensors", again)
+    assert torch.equal(again(ids, mask), model(ids, mask))
+
+
+def test_control_tokens_in_a_text_are_text(loaded):
+    _, tokens = loaded
+    [ids] = encoder.tokenize(tokens, ["so [SEP] sad [CLS]"], 12)
+    assert ids.count(1) == 1
+    assert ids.count(2) == 1
+
+
+def test_what_is_too_long_loses_its_end(loaded):
+    _, tokens = loaded
+    [ids] = encoder.tokenize(tokens, ["so " * 40 + "sad"], 12)
+    assert len(ids) == 12
+    assert (ids[0], ids[-1]) == (1, 2)
+
+
+def test_passes_keep_to_the_budget_and_hold_every_row_once():
+    lengths = [3, 9, 1, 4, 4, 30, 2]
+    order = sorted(range(7), key=lambda row: lengths[row])
+    passes = encoder._passes(order, lengths, 12)
+    assert sorted(row for batch in passes for row in batch) == list(range(7))
+    for batch in passes:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 12
+    assert len(passes) == 4
+
+
+def test_no_texts_have_no_features(loaded):
+    model, tokens = loaded
+    assert encoder.extract(model, tokens, [], max_length=12, tokens_per_pass=9).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"num_hidden_layers": 3}, "has 3 layers"),
+        ({"cls": False}, "no classification token"),
+    ],
+)
+def test_an_encoder_without_these_features_is_refused(how, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        encoder.load(save(tmp_path, **how), SETTINGS, classes=3)
+
+
+def test_a_length_beyond_the_encoder_s_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="max_length is 17, but it reads at most 16"):
+        encoder.load(save(tmp_path), EncoderSettings(17, 0.0), classes=3)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"no folder with a config.json.*minilm-l6"):
+        encoder.load(str(tmp_path), SETTINGS, classes=3)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be loaded as an encoder"):
+        encoder.load(str(tmp_path), SETTINGS, classes=3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLM_EMO_CACHE" not in os.environ, reason="fetches 84 MB")
+def test_minilm_gives_1536_features():
+    model, tokens = encoder.load("minilm-l6", EncoderSettings(64, 0.1), classes=7)
+    texts = ["I am so glad!", "I am so happy!", "The invoice is attached."]
+    found = encoder.extract(model, tokens, texts, max_length=64, tokens_per_pass=512)
+    assert found.shape == (3, 4 * 384)
+    near, far = (np.linalg.norm(found[0] - other) for other in found[1:])
+    assert near < far
