@@ -78,8 +78,8 @@ def test_padding_with_the_floor_is_padding_the_sound_with_zeros(samples):
     assert torch.equal(batch[0], whole)
     last = int(lengths)
     assert (whole[last:] == audio.FLOOR_DB).all()
-    # No frame too many is called valid, except that a Hann window's first weight is zero.
-    assert (whole[last - 1] > audio.FLOOR_DB).any() or (samples - 1 + 200) % 160 == 0
+    # No frame too many is called valid, but a Hann window's first weights are next to nothing.
+    assert (whole[last - 1] > audio.FLOOR_DB).any() or (samples - 1 + 200) % 160 < 4
 
 
 def test_a_long_clip_keeps_its_beginning():
