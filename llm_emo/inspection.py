@@ -8,6 +8,7 @@ from llm_emo.encoding import Encoder
 from llm_emo.experiment import Experiment
 from llm_emo.models import auto
 from llm_emo.protocols import leaks
+from llm_emo.steps import dialogues_of
 from llm_emo.types import SPLITS, Split
 
 
@@ -19,8 +20,10 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
             layers that the model has not.
         PromptError: a row leaves no room for its answer.
         ProtocolError: a split that training needs is empty.
+        RecipeError: training batches by dialogue, and the corpus has none.
     """
     recipe, encoder = experiment.recipe, _encoder(experiment)
+    dialogues_of(experiment)  # raises where there are none to batch by
     model = auto.sketch(recipe.model)
     if isinstance(recipe.method, recipes.Lora):
         auto.require_linear(model, recipe.method.target_modules)

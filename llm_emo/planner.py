@@ -177,7 +177,7 @@ class Planner:
         return self._drawings[quantization]
 
     def batches(self, micro: int) -> Batches:
-        """Return the run's micro-batches of so many rows."""
+        """Return the run's passes of so many rows at most."""
         if micro not in self._batches:
             self._batches[micro] = self.work.batches(micro)
         return self._batches[micro]
@@ -198,19 +198,16 @@ class Planner:
         Micro-batches that stay below the evaluation's footprint change nothing, and then nor do
         smaller ones.
         """
-        assert self.recipe.train is not None
         evaluation = self.evaluation(quantization, tokens_per_pass)
         for larger in self.micro_batch_sizes:
             known = self._trained.get((quantization, checkpointing, larger))
             if larger >= micro and known and (larger == micro or known.peak <= evaluation.peak):
                 return known
+        drawn = self.batches(micro)
         footprint = memory.training_step(
-            self.drawing(quantization),
-            collate(self.batches(micro).largest()),
-            self.place.kind,
-            checkpointing=checkpointing,
-            accumulating=micro < self.recipe.train.batch_size,
-        )
+            self.drawing(quantization), collate(drawn.largest()), self.place.kind,
+            checkpointing=checkpointing, accumulating=drawn.accumulating,
+        )  # fmt: skip
         self._trained[quantization, checkpointing, micro] = footprint
         return footprint
 

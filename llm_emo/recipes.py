@@ -258,9 +258,15 @@ class Train(_Section):
     epochs: int = Field(ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(ge=1)
-    """Rows per optimiser step, over all devices and accumulation steps together."""
+    """Rows per optimiser step, over all devices and passes together."""
+    batch_by: Literal["row", "dialogue"] = "row"
+    """What a step is filled with: single rows, or dialogues, whose turns then share their history
+    in one pass. A dialogue that a step has no room for is cut between two turns."""
     micro_batch_size: int = Field(ge=1)
-    """Rows per forward pass; divides `batch_size`. Changes memory, not the result."""
+    """Rows of one forward pass at most. Changes memory, not the result."""
+    tokens_per_pass: int | None = Field(None, ge=1)
+    """Distinct tokens of one forward pass at most, beside `micro_batch_size`; without it, as many
+    as those rows have. A row that has more runs alone. Changes memory, not the result."""
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate."""
     weight_decay: float = Field(ge=0, lt=1)
@@ -277,17 +283,6 @@ class Train(_Section):
     """Stop after this many evaluations without a better one; without it, never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        if self.batch_size % self.micro_batch_size:
-            raise conflict(
-                f"'train.batch_size': {self.batch_size} is not a multiple of "
-                f"'train.micro_batch_size' {self.micro_batch_size}",
-                "train.batch_size",
-                "train.micro_batch_size",
-            )
-        return self
 
 
 class Inference(_Section):

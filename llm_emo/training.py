@@ -1,20 +1,22 @@
 """Training: a thin `transformers.Trainer` whose batches are token tries.
 
-The loss is the mean over the answer tokens of the *global* batch, whatever the number of
-processes, micro-batches and answer lengths: (x1 / n1) + (x2 / n2) is not (x1 + x2) / (n1 + n2).
+A step is a list of passes, one trie each. The loss is the mean over the answer tokens of the
+*global* batch, whatever the number of processes, passes and answer lengths: (x1 / n1) + (x2 / n2)
+is not (x1 + x2) / (n1 + n2).
 """
 
+import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -30,7 +32,9 @@ from llm_emo import checkpoints
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
+from llm_emo.machine import say
 from llm_emo.recipes import Train
+from llm_emo.steps import sequence
 from llm_emo.trie import TokenTrie, node_logits
 
 Batch = dict[str, Any]
@@ -38,68 +42,19 @@ Batch = dict[str, Any]
 IGNORED = -100
 """A label that adds nothing to the loss, as everywhere in transformers."""
 
-GHOST = -1
-"""An index that stands for no row: it keeps processes in step and adds nothing to the loss."""
-
 COUNTS = "counts"
 """The key of a checkpoint's trainer state under which the totals of the run so far stand."""
 
 
-class GlobalBatches(Sampler[list[int]]):
-    """This process's share of every micro-batch, in an order fixed by seed and epoch.
-
-    One optimiser step takes `batch_size` consecutive rows of the epoch's order, however many
-    processes and micro-batches share the work; so neither changes which rows meet in a step. The
-    last step of an epoch is short rather than filled up with rows seen before. The order is a
-    function of (seed, epoch), so a resumed run sees the rows that the uninterrupted one would.
-    """
-
-    def __init__(
-        self, rows: int, *, batch_size: int, micro_batch_size: int, seed: int, rank: int, world: int
-    ) -> None:
-        per_step = micro_batch_size * world
-        if batch_size % per_step:
-            raise ValueError(
-                f"batch_size {batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size} x {world} processes"
-            )
-        self.rows, self.batch_size, self.micro = rows, batch_size, micro_batch_size
-        self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = 0
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per optimiser step and process."""
-        return self.batch_size // (self.micro * self.world)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is iterated next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        full, rest = divmod(self.rows, self.batch_size)
-        return full * self.accumulation + math.ceil(rest / (self.micro * self.world))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).tolist()
-        span = self.micro * self.world
-        for start in range(0, self.rows, self.batch_size):
-            step = order[start : start + self.batch_size]
-            for offset in range(0, len(step), span):
-                share = step[offset : offset + span][self.rank :: self.world]
-                yield share or [GHOST]
-
-
-class _EpochLoader(DataLoader[Encoded]):
+class _EpochLoader(DataLoader[list[Encoded]]):
     """A loader that passes the epoch on to its batch sampler, as the Trainer expects."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class _Rows(Sequence[Encoded | None]):
-    """The encoded rows; the ghost's index gives None."""
+class _Rows(Dataset[list[Encoded]]):
+    """The encoded rows, several at a time: those of a pass."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self.rows = rows
@@ -107,19 +62,19 @@ class _Rows(Sequence[Encoded | None]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Encoded | None:  # type: ignore[override]
-        return None if index == GHOST else self.rows[index]
+    def __getitem__(self, numbers: Sequence[int]) -> list[Encoded]:
+        return [self.rows[number] for number in numbers]
 
 
-def collate(rows: Sequence[Encoded | None]) -> Batch:
-    """Fold rows into one trie and its targets.
+def collate(rows: Sequence[Encoded]) -> Batch:
+    """Fold the rows of a pass into one trie and its targets.
 
     Returns `trie`; `nodes`, shape (K,), where logits are needed; `where`, shape (T,), the place
     in `nodes` of every answer token; `labels`, shape (T,), those tokens.
     """
-    real = [row for row in rows if row is not None]
-    if not real:
-        # A single node with one ignored target: a pass that costs nothing and adds nothing.
+    if not rows:
+        # A single node with one ignored target: it keeps processes in step, costs nothing and
+        # adds nothing.
         zero = torch.zeros(1, dtype=torch.long)
         return {
             "trie": TokenTrie.build([(0,)]),
@@ -127,10 +82,15 @@ def collate(rows: Sequence[Encoded | None]) -> Batch:
             "where": zero,
             "labels": zero + IGNORED,
         }
-    trie = TokenTrie.build([row.prompt + row.answer[:-1] for row in real])
-    at, labels = targets(trie, [len(row.prompt) for row in real], [row.answer for row in real])
+    trie = TokenTrie.build([sequence(row) for row in rows])
+    at, labels = targets(trie, [len(row.prompt) for row in rows], [row.answer for row in rows])
     nodes, where = torch.unique(at, return_inverse=True)
     return {"trie": trie, "nodes": nodes, "where": where, "labels": labels}
+
+
+def collate_step(passes: Sequence[Sequence[Encoded]]) -> list[Batch]:
+    """Fold every pass of a step."""
+    return [collate(rows) for rows in passes]
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -150,7 +110,7 @@ class TrieTrainer(Trainer):
         model: The adapted model.
         args: Arguments from `training_arguments`.
         rows: Encoded training rows.
-        batches: Their order and shares.
+        steps: Which of them meet in a step and in a pass, and in what order.
         validate: Measures the model on dev; returns metrics without the `eval_` in front.
     """
 
@@ -160,14 +120,14 @@ class TrieTrainer(Trainer):
         args: TrainingArguments,
         *,
         rows: Sequence[Encoded],
-        batches: GlobalBatches,
+        steps: Sampler[list[list[int]]],
         validate: Callable[[nn.Module], Mapping[str, float]],
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         empty = [row.uid for row in rows if not row.answer]
         if not rows or empty:
             raise JobFailed(f"no answer tokens to learn from: {empty[:3] or 'no training rows'}")
-        self.batches, self.validate = batches, validate
+        self.steps, self.validate = steps, validate
         self.control: TrainerControl
         # Of the whole run and of all processes; checkpoints carry them over an interruption.
         self.totals: dict[str, float] = dict.fromkeys(
@@ -178,7 +138,7 @@ class TrieTrainer(Trainer):
             args=args,
             train_dataset=_Rows(rows),
             eval_dataset=_Rows(rows[:1]),  # never read: `evaluate` measures dev by itself
-            data_collator=collate,
+            data_collator=collate_step,
             callbacks=list(callbacks),
         )
         # It would print every log entry on stdout, where results belong.
@@ -186,13 +146,16 @@ class TrieTrainer(Trainer):
         # The loss below is divided by the whole step's answer tokens already.
         self.loss_is_scaled_for_ga = True
 
-    def get_train_dataloader(self) -> DataLoader[Encoded]:
-        """Return this process's micro-batches; tries are built while they are drawn."""
-        return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=collate)
+    def get_train_dataloader(self) -> DataLoader[list[Encoded]]:
+        """Return this process's steps, each a list of passes; tries are built as they are drawn."""
+        return _EpochLoader(self.train_dataset, batch_sampler=self.steps, collate_fn=collate_step)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[list[Batch]], device: torch.device
+    ) -> Tensor:
         """Return the answer tokens of the global batch, shape (), and count what it holds."""
-        real = [batch for batch in batch_samples if (batch["labels"] != IGNORED).any()]  # no ghosts
+        passes = [batch for step in batch_samples for batch in step]
+        real = [batch for batch in passes if (batch["labels"] != IGNORED).any()]  # not empty
         tries = [batch["trie"] for batch in real]
         own = torch.tensor(
             [
@@ -209,10 +172,20 @@ class TrieTrainer(Trainer):
             self.totals[name] += count
         return whole[0]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one micro-batch forward and backward, on the clock."""
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: list[Batch],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run a step's passes forward and backward, on the clock; return its loss, shape ()."""
         started = time.perf_counter()
-        loss: Tensor = super().training_step(*args, **kwargs)
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs, start=1):
+            # Processes exchange gradients once a step, however many passes each of them has.
+            last = number == len(inputs)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
         self.totals["seconds"] += time.perf_counter() - started
         return loss
 
@@ -341,16 +314,15 @@ class EvaluateAndSave(TrainerCallback):
         return control
 
 
-def training_arguments(
-    folder: Path, train: Train, *, accumulation: int, seed: int, metric: str
-) -> TrainingArguments:
+def training_arguments(folder: Path, train: Train, *, seed: int, metric: str) -> TrainingArguments:
     """Translate a recipe's training section into the Trainer's arguments."""
     never = 10**9
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
+        # What the Trainer draws is a whole step; its passes are cut already.
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=1,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         lr_scheduler_type=train.schedule
@@ -379,6 +351,16 @@ def training_arguments(
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,  # every adapter parameter takes part in every step
     )
+    if arguments.n_gpu > 1:
+        # transformers would wrap the model in nn.DataParallel, which deals the rows of tensors out
+        # to the devices; a trie is one row.
+        count = arguments.n_gpu
+        say(
+            f"{count} GPUs are visible, but one process trains on one, {arguments.device}; "
+            f"`accelerate launch --num_processes {count} -m llm_emo train ...` takes all"
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 def stopping(train: Train) -> list[TrainerCallback]:

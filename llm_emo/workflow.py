@@ -18,11 +18,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llm_emo import checkpoints, methods, metrics, recipes, runs, training
 from llm_emo.encoding import Encoded
-from llm_emo.errors import JobFailed, RecipeError, RunError
+from llm_emo.errors import JobFailed, RecipeError
 from llm_emo.experiment import Experiment
 from llm_emo.labelling import Labeller, open_labeller
 from llm_emo.machine import processes, say, writing
 from llm_emo.models import auto
+from llm_emo.steps import Steps, dialogues_of
 from llm_emo.types import Example
 
 
@@ -113,7 +114,7 @@ class Job:
     labeller: Labeller
     rows: Sequence[Encoded]
     dev: Sequence[Example]
-    batches: training.GlobalBatches
+    steps: Steps
     settings: recipes.Train
 
     @property
@@ -126,10 +127,9 @@ def prepare(experiment: Experiment) -> Job:
     """Load the model and encode the rows: all that can fail before there is a run folder.
 
     Raises:
-        RecipeError: the method trains nothing.
+        RecipeError: the method trains nothing, or there are no dialogues to batch by.
         ModelError: the model cannot be used.
         PromptError: an example leaves no room for its answer.
-        RunError: the batch does not divide over the processes.
     """
     recipe = experiment.recipe
     settings = recipe.train
@@ -145,6 +145,7 @@ def prepare(experiment: Experiment) -> Job:
             "one process: `accelerate launch --cpu` starts more only through MPI; "
             "`accelerate launch --multi_gpu --num_processes 2` starts two, also without a GPU"
         )
+    dialogues = dialogues_of(experiment)
     dev = experiment.examples("dev")
     labeller = open_labeller(experiment)
     base, model = labeller.base, labeller.model
@@ -153,15 +154,11 @@ def prepare(experiment: Experiment) -> Job:
     # Found now rather than after an epoch.
     auto.require_known(base.name, base.model, [*rows, *labeller.encoder.encode(dev)])
 
-    micro = min(settings.micro_batch_size, max(1, settings.batch_size // state.num_processes))
-    try:
-        batches = training.GlobalBatches(
-            len(rows), batch_size=settings.batch_size, micro_batch_size=micro,
-            seed=recipe.seed, rank=state.process_index, world=state.num_processes,
-        )  # fmt: skip
-    except ValueError as error:
-        raise RunError(f"train.batch_size: {error}") from error
-    job = Job(labeller, rows, dev, batches, settings)
+    steps = Steps(
+        rows, settings, seed=recipe.seed, dialogues=dialogues,
+        rank=state.process_index, world=state.num_processes,
+    )  # fmt: skip
+    job = Job(labeller, rows, dev, steps, settings)
     if job.shortened:
         say(f"{job.shortened} of {len(rows)} training texts were shortened to prompt.max_length")
     return job
@@ -184,18 +181,15 @@ def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
         training.training_arguments(
             run.checkpoints,
             settings,
-            accumulation=job.batches.accumulation,
             seed=experiment.recipe.seed,
             metric=experiment.protocol.metrics[0],
         ),
         rows=job.rows,
-        batches=job.batches,
+        steps=job.steps,
         validate=_Dev(job.labeller, job.dev).measure,
         callbacks=[
             progress,
-            training.EvaluateAndSave(
-                -(-len(job.rows) // settings.batch_size), settings.evaluations_per_epoch
-            ),
+            training.EvaluateAndSave(len(job.steps), settings.evaluations_per_epoch),
             *training.stopping(settings),
             *training.tensorboard(run.folder / "tensorboard"),
         ],

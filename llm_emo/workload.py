@@ -19,7 +19,7 @@ from llm_emo.inference import Ids, passes
 from llm_emo.models import auto
 from llm_emo.models.meta import config_of
 from llm_emo.node_counts import NodeCounts
-from llm_emo.training import GlobalBatches
+from llm_emo.steps import Steps, dialogues_of, sequence
 from llm_emo.types import Split
 
 _LONGER = {"en": "about a tenth larger", "zh": "2.3 to 2.5 times as large"}
@@ -85,7 +85,11 @@ class Workload:
 
     @cached_property
     def _counts(self) -> NodeCounts:
-        return NodeCounts([row.prompt + row.answer[:-1] for row in self.train])
+        return NodeCounts([sequence(row) for row in self.train])
+
+    @cached_property
+    def _dialogues(self) -> list[list[int]] | None:
+        return dialogues_of(self.experiment)
 
     @cached_property
     def tokens(self) -> int:
@@ -102,18 +106,19 @@ class Workload:
         return train.epochs * math.ceil(len(self.train) / train.batch_size)
 
     def batches(self, micro_batch_size: int) -> "Batches":
-        """Draw all micro-batches of the run, as one process would."""
+        """Draw all passes of the run, as one process would with so many rows in a pass at most."""
         recipe = self.experiment.recipe
         assert recipe.train is not None
-        drawn = GlobalBatches(
-            len(self.train), batch_size=recipe.train.batch_size, micro_batch_size=micro_batch_size,
-            seed=recipe.seed, rank=0, world=1,
+        drawn = Steps(
+            self.train, recipe.train.model_copy(update={"micro_batch_size": micro_batch_size}),
+            seed=recipe.seed, dialogues=self._dialogues,
         )  # fmt: skip
         rows: list[list[int]] = []
         for epoch in range(recipe.train.epochs):
             drawn.set_epoch(epoch)
-            rows += list(drawn)
-        return Batches(self.train, rows, self._counts.nodes(rows))
+            for step in drawn:
+                rows += step
+        return Batches(self.train, rows, self._counts.nodes(rows), len(rows) > self.steps)
 
     def passes(self, tokens_per_pass: int) -> "Passes":
         """Group the evaluated rows as scoring or generation would."""
@@ -140,19 +145,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Batches:
-    """All micro-batches of a run; `nodes`, shape (number of them,), counts their tries' nodes."""
+    """All passes of a run; `nodes`, shape (number of them,), counts their tries' nodes.
+
+    `accumulating` says whether some step has several, and so gradients of earlier ones.
+    """
 
     train: Sequence[Encoded]
     rows: list[list[int]]
     nodes: NDArray[np.int64]
+    accumulating: bool
 
     def largest(self) -> list[Encoded]:
-        """Return the rows of the micro-batch with the most nodes."""
+        """Return the rows of the pass with the most nodes."""
         return [self.train[row] for row in self.rows[int(self.nodes.argmax())]]
 
     @cached_property
     def logits(self) -> NDArray[np.int64]:
-        """Answer tokens of every micro-batch: at most so many nodes need logits."""
+        """Answer tokens of every pass: at most so many nodes need logits."""
         answers = np.array([len(row.answer) for row in self.train])
         return np.array([answers[batch].sum() for batch in self.rows])
 

@@ -59,10 +59,8 @@ def pairs_of(rows):
 
 @peers
 def test_each_step_of_each_side_trains_the_same_tokens_after_the_same_tokens(side, tmp_path):
-    ours = [
-        trainers.trained(batch) for batch in trainer("llm_emo", tmp_path).get_train_dataloader()
-    ]
-    theirs = [trainers.trained(batch) for batch in trainer(side, tmp_path).get_train_dataloader()]
+    ours = [trainers.trained(batch) for batch in trainers.batches(trainer("llm_emo", tmp_path))]
+    theirs = [trainers.trained(batch) for batch in trainers.batches(trainer(side, tmp_path))]
     assert theirs == ours
     assert [pairs.total() for pairs in ours] != [0, 0, 0]
     assert sum(ours, Counter()) == pairs_of(ROWS)
@@ -84,7 +82,7 @@ def test_each_step_of_each_side_has_the_same_loss(side, tmp_path):
 @pytest.mark.parametrize("side", ["llm_emo", "padded", pytest.param("trl", marks=needs_trl)])
 def test_the_checked_loss_is_that_of_the_first_step(side, tmp_path):
     made = trainer(side, tmp_path)
-    batch = next(iter(made.get_train_dataloader()))
+    batch = trainers.batches(made)[0]
     checked = trainers.loss_of(made, batch, trainers.trained(batch).total())
     assert trainers.timed(made)[1][0] == pytest.approx(checked, rel=1e-6)
 
@@ -134,7 +132,7 @@ def test_a_row_longer_than_what_the_original_pads_to_is_refused(tmp_path):
 
 def test_prefix_tuning_of_peft_starts_from_the_same_prefix(tmp_path):
     made = [trainer(side, tmp_path / side, "p_tuning_v2") for side in ("llm_emo", "peft_prefix")]
-    batches = [next(iter(each.get_train_dataloader())) for each in made]
+    batches = [trainers.batches(each)[0] for each in made]
     ours, theirs = (trainers.trained(batch) for batch in batches)
     assert ours == theirs
     losses = [

@@ -89,10 +89,11 @@ def test_a_recipe_that_must_be_trained_first_is_not_evaluated(here, tiny_folder)
     assert not list(here.iterdir())
 
 
-def test_a_batch_that_does_not_divide_says_so(here, tiny_folder):
-    options = program.on(tiny_folder, "train.micro_batch_size=3")
-    told = program.call("train", "mastodon/lora", *options)
-    told.refused("'train.batch_size': 4", "'train.micro_batch_size' 3")
+def test_dialogues_that_the_corpus_does_not_have_are_not_batched_by(here, tiny_folder):
+    for verb in ("check", "train", "plan"):
+        options = program.on(tiny_folder, "train.batch_by=dialogue")
+        told = program.call(verb, "sst5/lora", *options)
+        told.refused("train.batch_by: dialogue", "sst", "train.batch_by=row")
     assert not list(here.iterdir())
 
 

@@ -16,7 +16,8 @@ from llm_emo.experiment import Experiment
 from llm_emo.models import auto
 from llm_emo.planner import GIB, Place, Planner
 from llm_emo.sizes import parse_memory
-from llm_emo.training import GlobalBatches, collate
+from llm_emo.steps import Steps, dialogues_of
+from llm_emo.training import collate
 
 FULL = ("method={kind: full}",)
 
@@ -45,20 +46,28 @@ def test_memory_without_a_number_or_unit_is_refused(text):
         parse_memory(text)
 
 
-def test_tokens_and_steps_are_those_of_training(tiny_folder):
-    given = experiment(tiny_folder, "train.epochs=7")
+@pytest.mark.parametrize(
+    ("recipe", "values"),
+    [
+        ("mastodon/lora", ()),
+        ("mastodon/lora", ("train.micro_batch_size=3", "train.tokens_per_pass=150")),
+        ("friends/lora_dialogue", ("train.micro_batch_size=4", "train.tokens_per_pass=300")),
+    ],
+)
+def test_tokens_and_steps_are_those_of_training(tiny_folder, recipe, values):
+    given = experiment(tiny_folder, "train.epochs=7", *values, recipe=recipe)
     result = planning.plan(given, gpu_memory=GIB)["training"]
     tokenizer = auto.load_tokenizer(given.recipe.model)
     rows = Encoder(tokenizer, given.recipe.prompt.max_length).encode(given.examples("train"))
     train = given.recipe.train
-    batches = GlobalBatches(
-        len(rows), batch_size=train.batch_size, micro_batch_size=train.micro_batch_size,
-        seed=given.recipe.seed, rank=0, world=1,
-    )  # fmt: skip
-    tries = []
+    steps = Steps(rows, train, seed=given.recipe.seed, dialogues=dialogues_of(given))
+    tries, several = [], False
     for epoch in range(train.epochs):
-        batches.set_epoch(epoch)
-        tries += [collate([rows[row] for row in batch])["trie"] for batch in batches]
+        steps.set_epoch(epoch)
+        for step in steps:
+            tries += [collate([rows[row] for row in batch])["trie"] for batch in step]
+            several |= len(step) > 1
+    assert several, "more passes than steps"
     assert result["tokens_run"] == sum(map(len, tries))
     assert result["tokens_saved"] == sum(trie.saved for trie in tries)
     assert result["largest"] == max(map(len, tries))

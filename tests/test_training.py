@@ -17,19 +17,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from llm_emo import checkpoints
+from llm_emo import checkpoints, training
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.methods import adapt, trainable_state, untrained
+from llm_emo.steps import Steps
 from llm_emo.training import (
-    GHOST,
     EvaluateAndSave,
-    GlobalBatches,
     TrieTrainer,
     answer_loss,
     collate,
+    collate_step,
     stopping,
     training_arguments,
 )
@@ -59,27 +59,20 @@ def rising(start=1):
     return lambda model: {"f1": float(next(values))}
 
 
-def train(folder, model, section, *, rows=ROWS, validate=None, resume=False, stop_at=None, seed=3):
+def train(
+    folder, model, section, *,
+    rows=ROWS, dialogues=None, validate=None, resume=False, stop_at=None, seed=3,
+):  # fmt: skip
     """Train as the program does, in this process; return the trainer."""
-    batches = GlobalBatches(
-        len(rows),
-        batch_size=section.batch_size,
-        micro_batch_size=section.micro_batch_size,
-        seed=seed,
-        rank=0,
-        world=1,
-    )
-    steps = math.ceil(len(rows) / section.batch_size)
+    steps = Steps(rows, section, seed=seed, dialogues=dialogues)
     trainer = TrieTrainer(
         model,
-        training_arguments(
-            folder, section, accumulation=batches.accumulation, seed=seed, metric="f1"
-        ),
+        training_arguments(folder, section, seed=seed, metric="f1"),
         rows=rows,
-        batches=batches,
+        steps=steps,
         validate=validate or rising(),
         callbacks=[
-            EvaluateAndSave(steps, section.evaluations_per_epoch),
+            EvaluateAndSave(len(steps), section.evaluations_per_epoch),
             *stopping(section),
             *([InterruptAt(stop_at)] if stop_at is not None else []),
         ],
@@ -183,14 +176,12 @@ def test_the_first_logged_loss_is_the_mean_over_the_batch_s_answer_tokens(tmp_pa
     )
 
 
-def test_a_ghost_adds_nothing_but_is_part_of_the_graph():
+def test_an_empty_pass_adds_nothing_but_is_part_of_the_graph():
     model = tiny.adapted("llama", "lora").train()
-    loss = answer_loss(model, collate([None]))
+    loss = answer_loss(model, collate([]))
     loss.backward()
     assert float(loss.detach()) == 0
     assert tiny.gradients(model).abs().max() == 0
-    alone, with_ghost = (collate([ROWS[0], *more]) for more in ([], [None]))
-    assert torch.equal(alone["labels"], with_ghost["labels"])
 
 
 @pytest.mark.parametrize("rows", [[], [Encoded("mute", (3, 4), ())]])
@@ -199,76 +190,31 @@ def test_nothing_to_learn_from_is_an_error(rows, tmp_path):
         train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(), rows=rows or [])
 
 
-# --- batches -----------------------------------------------------------------------------------
-
-worlds = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-
-
-@given(worlds, st.integers(1, 30), st.integers(0, 3), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
-def test_neither_processes_nor_micro_batches_change_which_rows_meet(shape, rows, epoch, seed):
-    world, micro, accumulation = shape
-    size = world * micro * accumulation
-    single = GlobalBatches(rows, batch_size=size, micro_batch_size=size, seed=seed, rank=0, world=1)
-    single.set_epoch(epoch)
-    shares = []
-    for rank in range(world):
-        own = GlobalBatches(
-            rows, batch_size=size, micro_batch_size=micro, seed=seed, rank=rank, world=world
-        )
-        own.set_epoch(epoch)
-        assert own.accumulation == accumulation
-        shares.append(list(own))
-        assert len(shares[-1]) == len(own)
-        assert all(1 <= len(batch) <= micro for batch in shares[-1])
-    assert len({len(share) for share in shares}) == 1, "processes would wait for each other"
-    seen = []
-    for number, step in enumerate(single):
-        turns = slice(number * accumulation, (number + 1) * accumulation)
-        together = [row for share in shares for batch in share[turns] for row in batch]
-        ghosts = together.count(GHOST)
-        assert sorted(together) == sorted([GHOST] * ghosts + step)
-        assert ghosts < world
-        seen += step
-    assert sorted(seen) == list(range(rows)), "every row once an epoch"
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    def order(seed, epoch, noise):
-        torch.manual_seed(noise)
-        batches = GlobalBatches(50, batch_size=4, micro_batch_size=4, seed=seed, rank=0, world=1)
-        batches.set_epoch(epoch)
-        return [row for batch in batches for row in batch]
-
-    assert order(1, 0, 5) == order(1, 0, 6)
-    assert len({tuple(order(seed, epoch, 0)) for seed in range(3) for epoch in range(3)}) == 9
-
-
-def test_the_last_step_of_an_epoch_is_short():
-    batches = GlobalBatches(10, batch_size=4, micro_batch_size=2, seed=0, rank=0, world=1)
-    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2]
-    assert len(batches) == 5
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="3 processes"):
-        GlobalBatches(10, batch_size=4, micro_batch_size=1, seed=0, rank=0, world=3)
-
-
 # --- one batch, however it is cut --------------------------------------------------------------
 
 
 @methods
-@pytest.mark.parametrize("micro", [1, 2, 5])
-def test_micro_batches_do_not_change_training(method, micro, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3},
+        {"micro_batch_size": 5},
+        {"tokens_per_pass": 1},
+        {"tokens_per_pass": 25},
+        {"micro_batch_size": 3, "tokens_per_pass": 25},
+    ],
+)
+def test_passes_do_not_change_training(method, changes, tmp_path):
     # Ten rows of unequal answers in steps of ten: three epochs are three optimiser steps.
     section = tiny.train(epochs=3, batch_size=10, micro_batch_size=10)
     whole = train(tmp_path / "whole", tiny.adapted("llama", method), section)
     cut = train(
         tmp_path / "cut",
         tiny.adapted("llama", method),
-        section.model_copy(update={"micro_batch_size": micro}),
+        section.model_copy(update=changes),
     )
+    assert len(next(iter(whole.steps))) == 1 < len(next(iter(cut.steps)))
     assert cut.state.global_step == whole.state.global_step == 3
     assert tiny.distance(learned(cut.model), learned(whole.model)) < 1e-5
     assert trail(cut) == pytest.approx(trail(whole), rel=1e-5)
@@ -287,6 +233,50 @@ def test_a_short_last_step_weighs_its_own_tokens(method, tmp_path):
     )
     assert cut.state.global_step == whole.state.global_step == 6
     assert tiny.distance(learned(cut.model), learned(whole.model)) < 1e-5
+
+
+@methods
+def test_gradients_of_all_passes_are_those_of_the_whole_step(method, tmp_path):
+    passes = [ROWS[:1], ROWS[1:7], ROWS[7:]]
+    found = []
+    for step in ([ROWS], passes):
+        made = tiny.adapted("llama", method)
+        trainer = TrieTrainer(
+            made,
+            training_arguments(tmp_path, tiny.train(), seed=0, metric="f1"),
+            rows=ROWS,
+            steps=[[[0]]],
+            validate=rising(),
+            callbacks=[],
+        )
+        batches = collate_step(step)
+        tokens = trainer._get_num_items_in_batch([batches], torch.device("cpu"))
+        assert int(tokens) == sum(len(row.answer) for row in ROWS)
+        loss = trainer.training_step(made, batches, tokens)
+        found.append((float(loss), tiny.gradients(made)))
+    (whole, gradients), (cut, others) = found
+    assert cut == pytest.approx(whole, rel=1e-6)
+    assert tiny.distance(others, gradients) < 1e-5
+    with torch.no_grad():
+        assert whole == pytest.approx(float(padded_loss(made, ROWS)), rel=1e-5)
+
+
+def test_several_visible_gpus_leave_the_model_whole_and_one_line_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    class TwoVisible(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(training, "TrainingArguments", TwoVisible)
+    trainer = train(tmp_path, tiny.adapted("llama", "lora"), tiny.train())
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+    assert trainer.state.global_step == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if "GPUs" in line]
+    assert len(told) == 1
+    assert told[0].startswith("2 GPUs are visible")
+    assert "accelerate launch --num_processes 2 -m llm_emo train" in told[0]
 
 
 @methods
@@ -532,6 +522,28 @@ def test_a_finished_run_is_resumed_without_another_step(tmp_path):
     assert torch.equal(learned(again.model), learned(first.model))
 
 
+@pytest.mark.parametrize("stop_at", [2, 4, 5])
+def test_a_run_of_dialogues_and_token_budgets_is_resumed_to_the_same_end(stop_at, tmp_path):
+    section = tiny.train(
+        epochs=3, evaluations_per_epoch=2, batch_by="dialogue", tokens_per_pass=15
+    )  # fmt: skip
+    shape = {"dialogues": [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]]}
+    changes = {"dropout": 0.3}
+    straight = train(tmp_path / "a", tiny.adapted("llama", "lora", **changes), section, **shape)
+    assert {len(step) for step in straight.steps} > {1}, "steps differ in their passes"
+    train(tmp_path / "b", tiny.adapted("llama", "lora", **changes), section, **shape,
+          stop_at=stop_at)  # fmt: skip
+    torch.manual_seed(99)
+    resumed = train(
+        tmp_path / "b", tiny.adapted("llama", "lora", seed=5, **changes), section, **shape,
+        resume=True, validate=rising(10),
+    )  # fmt: skip
+    assert resumed.state.global_step == straight.state.global_step == 9
+    assert trail(resumed) == trail(straight)
+    assert counted(resumed) == counted(straight)
+    assert torch.equal(learned(resumed.model), learned(straight.model))
+
+
 # --- checkpoints on disk -----------------------------------------------------------------------
 
 
@@ -572,25 +584,28 @@ SCRIPT = """
 import json, math, os, sys
 from pathlib import Path
 import tiny
-from test_training import TrieTrainer, GlobalBatches, EvaluateAndSave, training_arguments, rising
+from test_training import TrieTrainer, Steps, EvaluateAndSave, training_arguments, rising
 from llm_emo.methods import trainable_state
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 out = Path(sys.argv[1])
 result = {}
-for method in tiny.METHODS:
-    # Nine rows in fours: the last step has one row, and the second process a ghost.
-    rows, section = tiny.encoded(9), tiny.train(epochs=2, batch_size=4, micro_batch_size=1)
-    batches = GlobalBatches(
-        len(rows), batch_size=4, micro_batch_size=1, seed=3, rank=rank, world=world
+passes = []
+for method, by in zip(tiny.METHODS, ("row", "dialogue")):
+    # Nine rows in fours: the last step has one row, and a process has none there. The budget
+    # gives processes other numbers of passes in a step.
+    rows = tiny.encoded(9)
+    section = tiny.train(
+        epochs=2, batch_size=4, micro_batch_size=1 if by == "row" else 4, batch_by=by,
+        tokens_per_pass=None if by == "row" else 12,
     )
-    arguments = training_arguments(
-        out / method, section, accumulation=batches.accumulation, seed=3, metric="f1"
-    )
+    groups = None if by == "row" else [[0, 1, 2, 3, 4], [5, 6], [7, 8]]
+    steps = Steps(rows, section, seed=3, dialogues=groups, rank=rank, world=world)
+    passes.append([len(step) for step in steps])
     trainer = TrieTrainer(
         tiny.adapted("llama", method),
-        arguments,
-        rows=rows, batches=batches, validate=rising(), callbacks=[EvaluateAndSave(3, 1)],
+        training_arguments(out / method, section, seed=3, metric="f1"),
+        rows=rows, steps=steps, validate=rising(), callbacks=[EvaluateAndSave(3, 1)],
     )
     assert trainer.args.world_size == world == int(sys.argv[2])
     trainer.train()
@@ -601,6 +616,7 @@ for method in tiny.METHODS:
         "examples": trainer.totals["examples"],
         "files": sorted(p.name for p in (out / method / "checkpoint-6").iterdir()),
     }
+(out / f"passes-{rank}.json").write_text(json.dumps(passes))
 if rank == 0:
     (out / "result.json").write_text(json.dumps(result))
 """
@@ -635,6 +651,8 @@ def launch(folder, processes):
 @pytest.mark.slow
 def test_two_processes_leave_the_loss_trail_of_one(tmp_path):
     one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
+    passes = [json.loads((tmp_path / "two" / f"passes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert passes[0][1] != passes[1][1], "processes have other numbers of passes in a step"
     for method in tiny.METHODS:
         assert len(one[method]["loss"]) == 6
         assert [two[method][key] for key in ("tokens", "examples")] == [

@@ -166,7 +166,7 @@ def measure(given: argparse.Namespace) -> Result:
             given.side, labeller.model, labeller.base.tokenizer, steps, recipe.train,
             folder=Path(folder), seed=recipe.seed,
         )  # fmt: skip
-        batches = list(trainer.get_train_dataloader())
+        batches = trainers.batches(trainer)
         pairs = trainers.fingerprint(batches)
         targets = [trainers.trained(batch).total() for batch in batches]
         tokens = [trainers.tokens_in(batch) for batch in batches[WARM_UP:]]

@@ -16,9 +16,9 @@ from llm_emo import checkpoints, recipes
 from llm_emo.inference import score
 from llm_emo.methods import adapt, count_parameters, load_adapter, save_adapter, untrained
 from llm_emo.models import auto
+from llm_emo.steps import Steps
 from llm_emo.training import (
     EvaluateAndSave,
-    GlobalBatches,
     TrieTrainer,
     answer_loss,
     collate,
@@ -295,9 +295,6 @@ def test_the_training_loop_takes_a_quantised_base_and_resumes_on_it(load, kind, 
 
     def run(folder, *callbacks, resume=False):
         model = adapted(load(kind), method)
-        batches = GlobalBatches(
-            len(ROWS), batch_size=3, micro_batch_size=3, seed=0, rank=0, world=1
-        )
         answers = [row.answer for row in ROWS[:2]]
 
         def validate(model):
@@ -306,9 +303,9 @@ def test_the_training_loop_takes_a_quantised_base_and_resumes_on_it(load, kind, 
 
         trainer = TrieTrainer(
             model,
-            training_arguments(folder, section, accumulation=1, seed=0, metric="f1"),
+            training_arguments(folder, section, seed=0, metric="f1"),
             rows=ROWS,
-            batches=batches,
+            steps=Steps(ROWS, section, seed=0),
             validate=validate,
             callbacks=[EvaluateAndSave(2, 2), *callbacks],
         )

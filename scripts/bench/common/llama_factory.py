@@ -69,9 +69,7 @@ def prepare(folder: Path, recipe: Any, steps: trainers.Steps, warm_up: int) -> P
         folder / "rows" / "train"
     )
     (folder / "rows" / "dataset_dict.json").write_text('{"splits": ["train"]}', "utf-8")
-    own = training_arguments(
-        folder / "out", recipe.train, accumulation=1, seed=recipe.seed, metric="none"
-    )
+    own = training_arguments(folder / "out", recipe.train, seed=recipe.seed, metric="none")
     dtype = str(auto.dtype_of(model, method)).rpartition(".")[2]
     arguments = {name: getattr(own, name) for name in SETTINGS} | {
         "stage": "sft",

@@ -72,10 +72,8 @@ def drawn(
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
-class FixedBatches:
+class FixedSteps:
     """Steps that were drawn already, in the place of the program's own sampler."""
-
-    accumulation = 1
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = sizes
@@ -86,10 +84,10 @@ class FixedBatches:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[list[int]]]:
         start = 0
         for size in self.sizes:
-            yield list(range(start, start + size))
+            yield [list(range(start, start + size))]  # one pass a step
             start += size
 
 
@@ -110,11 +108,11 @@ def trainer_of(
     from llm_emo.workflow import Progress
 
     rows = [row for step in steps for row in step]
-    own = training_arguments(folder, settings, accumulation=1, seed=seed, metric="none")
+    own = training_arguments(folder, settings, seed=seed, metric="none")
     if side == OURS:
         trainer: TrieTrainer
         trainer = TrieTrainer(
-            model, own, rows=rows, batches=FixedBatches([len(step) for step in steps]),
+            model, own, rows=rows, steps=FixedSteps([len(step) for step in steps]),
             validate=lambda model: {"none": 0.0},  # behind the last step, off the clock
             callbacks=[Progress(folder / "log.jsonl", lambda: trainer.counts())],
         )  # fmt: skip
@@ -245,6 +243,12 @@ def require(side: str) -> None:
 
 
 # --- what a batch holds -------------------------------------------------------------------------
+
+
+def batches(trainer: Any) -> list[Mapping[str, Any]]:
+    """Return all batches of a trainer, ours one for each pass of a step."""
+    drawn = list(trainer.get_train_dataloader())
+    return [batch for step in drawn for batch in (step if isinstance(step, list) else [step])]
 
 
 def trained(batch: Mapping[str, Any]) -> Counter[tuple[tuple[int, ...], int]]:

@@ -117,25 +117,20 @@ def first_loss_of_trainer(
     made: nn.Module, recipe: recipes.Recipe, rows: Sequence[Encoded], seed: int
 ) -> float:
     """Train one step with the loop of `llm-emo train`, in two passes; return the step's loss."""
-    from llm_emo.training import GlobalBatches, TrieTrainer, training_arguments
+    from llm_emo.steps import Steps
+    from llm_emo.training import TrieTrainer, training_arguments
 
     assert recipe.train is not None
     settings = recipe.train.model_copy(
         update={"epochs": 1, "batch_size": len(rows), "micro_batch_size": len(rows) // 2}
     )
-    batches = GlobalBatches(
-        len(rows), batch_size=len(rows), micro_batch_size=len(rows) // 2, seed=seed, rank=0,
-        world=1,
-    )  # fmt: skip
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = TrieTrainer(
             made,
-            training_arguments(
-                Path(folder), settings, accumulation=batches.accumulation, seed=seed, metric="none"
-            ),
+            training_arguments(Path(folder), settings, seed=seed, metric="none"),
             rows=rows,
-            batches=batches,
+            steps=Steps(rows, settings, seed=seed),
             validate=lambda model: {"none": 0.0},
             callbacks=[],
         )
@@ -148,8 +143,8 @@ def first_loss_of_trainer(
 
         trainer.training_step = recorded  # type: ignore[method-assign]
         trainer.train()
-    assert len(losses) == 2, losses
-    return sum(losses)
+    assert len(losses) == 1, losses
+    return losses[0]
 
 
 def of_answers(
