@@ -1,0 +1,282 @@
+"""Text and speech in one: two fine-tuned encoders, frozen, under a small network that learns.
+
+Paper: Petec and Popoviciu, "Multimodal Speech Emotion Recognition using Decoding-enhanced BERT
+with Disentangled Attention and Wav2Vec2.0", section III and figure 4. It has no equations but
+cross-entropy and AdamW.
+
+    pipeline 1: sound (16 kHz) -> encoder -> mean over frames -> linear -> scores   AudioClassifier
+    pipeline 2: words          -> encoder -> mean over tokens -> linear -> scores   TextClassifier
+    pipeline 3: [text features; text scores; audio features; audio scores] -> MLP   Fusion
+
+The reference encoders are deberta-v3-small and wav2vec2-base-960h; any encoder of transformers
+does. Pipelines 1 and 2 are trained first. What they say of a row (`Encoding`) never changes
+afterwards, so it is computed once, and pipeline 3 learns from it alone: the encoders are frozen
+because they are not there.
+
+Where the paper is silent:
+
+- Features are the mean of the encoder's last states over a row's valid tokens or frames. Flattening
+  all of them, which figure 4 may mean, would need every row padded to one length, and would let
+  the network read how long a clip is out of its padding.
+- Scores are probabilities: logits of two encoders that were trained apart have no common scale.
+  The two may have other classes than the fusion; the paper's text model has nine.
+- The four layers have 512, 256, 128 and k units, with ReLU and dropout between them.
+
+Letters: B rows, T tokens or frames, H hidden units, k classes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_emo.baselines.acoustic import mean_over_time
+from llm_emo.baselines.audio import SAMPLE_RATE, WINDOW, Waveform, decode
+from llm_emo.baselines.features import cached, fingerprint
+from llm_emo.baselines.speech_settings import FusionSettings
+from llm_emo.errors import DatasetError
+from llm_emo.fetch import sha256_of
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a fine-tuned classifier says of rows: `features` (B, H), `scores` (B, k) sum to 1."""
+
+    features: Tensor
+    scores: Tensor
+
+
+class TextClassifier(nn.Module):
+    """Pipeline 2: any text encoder, the mean over its valid tokens, one linear layer."""
+
+    def __init__(self, encoder: PreTrainedModel, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(encoder.config.hidden_size, classes)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map right-padded ids (B, T) to features (B, H)."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return mean_over_time(states, attention_mask.sum(1))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map right-padded ids (B, T) to logits (B, k)."""
+        logits: Tensor = self.classify(self.dropout(self.features(input_ids, attention_mask)))
+        return logits
+
+
+class AudioClassifier(nn.Module):
+    """Pipeline 1: any speech encoder, the mean over its valid frames, one linear layer.
+
+    Encoders that read samples (Wav2Vec2, HuBERT, WavLM) and such that read spectra of fixed
+    length (Whisper, of which the encoder is taken) both do.
+    """
+
+    def __init__(self, model: PreTrainedModel, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(model.config.hidden_size, classes)
+
+    def features(
+        self, values: Tensor, steps: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Map sound to features (B, H).
+
+        Args:
+            values: samples (B, N) or spectra (B, M, T).
+            steps: how many samples, or columns of the spectrum, each row has.
+            attention_mask: as the feature extractor gives it; None where the encoder was
+                trained without one.
+        """
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        states = self.encoder(values, **mask).last_hidden_state  # (B, T, H)
+        frames = self.encoder._get_feat_extract_output_lengths(steps)
+        return mean_over_time(states, frames.clamp(1, states.shape[1]))
+
+    def forward(
+        self, values: Tensor, steps: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Map sound, as `features` takes it, to logits (B, k)."""
+        logits: Tensor = self.classify(self.dropout(self.features(values, steps, attention_mask)))
+        return logits
+
+
+def text_inputs(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
+    """Return what `TextClassifier` takes; longer texts lose their end."""
+    batch = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_tokens,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def audio_inputs(
+    extractor: Any, waveforms: Sequence[Waveform], max_samples: int
+) -> dict[str, Tensor]:
+    """Return what `AudioClassifier` takes; longer clips lose their end.
+
+    `extractor` is the encoder's own feature extractor. It decides whether samples or a spectrum
+    are read, and whether there is an attention mask.
+    """
+    clips = [_clip(waveform, max_samples) for waveform in waveforms]
+    samples = torch.tensor([len(clip) for clip in clips])
+    spectral = extractor.model_input_names[0] == "input_features"
+    padding = "max_length" if spectral else "longest"
+    batch = extractor(clips, sampling_rate=SAMPLE_RATE, padding=padding, return_tensors="pt")
+    if spectral:
+        values = batch["input_features"]
+        # Columns that hear anything of the clip; the rest is silence up to a fixed length.
+        steps = (samples + extractor.hop_length - 1) // extractor.hop_length
+        return {"values": values, "steps": steps.clamp(max=values.shape[-1])}
+    inputs = {"values": batch["input_values"], "steps": samples}
+    if "attention_mask" in batch:
+        inputs["attention_mask"] = batch["attention_mask"]
+    return inputs
+
+
+def _clip(waveform: Waveform, max_samples: int) -> Waveform:
+    """Cut a clip; one under 25 ms, for which no encoder has a frame, is padded to that."""
+    return np.pad(waveform[:max_samples], (0, max(0, WINDOW - len(waveform))))
+
+
+def encode(
+    classifier: TextClassifier | AudioClassifier, rows: Iterable[Mapping[str, Tensor]]
+) -> Encoding:
+    """Return features and scores of rows, on the CPU, in their order.
+
+    Args:
+        classifier: fine-tuned; put into evaluation mode, in which it stays.
+        rows: the inputs of each row by itself. Together, padding would change them: Wav2Vec2's
+            reference model has no mask, and a row's features must not depend on its company.
+    """
+    classifier.eval()
+    device = classifier.classify.weight.device
+    features, scores = [], []
+    with torch.inference_mode():
+        for inputs in rows:
+            feature = classifier.features(**{name: x.to(device) for name, x in inputs.items()})
+            features.append(feature.float().cpu())
+            scores.append(classifier.classify(feature).float().softmax(1).cpu())
+    return Encoding(torch.cat(features), torch.cat(scores))
+
+
+def encode_texts(
+    classifier: TextClassifier,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    max_tokens: int,
+    *,
+    folder: Path | None = None,
+) -> Encoding:
+    """Return what pipeline 2 says of texts by uid, computed once and kept in the cache.
+
+    Args:
+        classifier: fine-tuned.
+        tokenizer: its encoder's.
+        texts: by uid.
+        max_tokens: of a text.
+        folder: the cache; the program's own by default.
+    """
+    rows = [text_inputs(tokenizer, [text], max_tokens) for text in texts.values()]
+    # The ids hold all that a tokenizer decides.
+    ids = json.dumps([row["input_ids"].tolist() for row in rows])
+    return _kept(
+        classifier,
+        {"input_ids": hashlib.sha256(ids.encode()).hexdigest()},
+        tuple(texts),
+        rows,
+        folder,
+    )
+
+
+def encode_sounds(
+    classifier: AudioClassifier,
+    extractor: Any,
+    sounds: Mapping[str, Path],
+    max_samples: int,
+    *,
+    folder: Path | None = None,
+) -> Encoding:
+    """Return what pipeline 1 says of sound files by uid, computed once and kept in the cache.
+
+    Args:
+        classifier: fine-tuned.
+        extractor: its encoder's feature extractor.
+        sounds: a file by uid.
+        max_samples: of a clip.
+        folder: the cache; the program's own by default.
+
+    Raises:
+        DatasetError: a file is absent or no sound.
+    """
+    files = hashlib.sha256()
+    for path in sounds.values():
+        if not path.is_file():
+            raise DatasetError(f"{path}: no such sound file; is the corpus complete?")
+        files.update(sha256_of(path).encode())
+    key = {
+        "files": files.hexdigest(),
+        "extractor": extractor.to_json_string(),
+        "max_samples": max_samples,
+    }
+    rows = (audio_inputs(extractor, [decode(path)], max_samples) for path in sounds.values())
+    return _kept(classifier, key, tuple(sounds), rows, folder)
+
+
+def _kept(
+    classifier: TextClassifier | AudioClassifier,
+    key: Mapping[str, str | int],
+    uids: Sequence[str],
+    rows: Iterable[Mapping[str, Tensor]],
+    folder: Path | None,
+) -> Encoding:
+    """Keep features and scores as one vector a row."""
+    whole = {"kind": "fusion", "weights": fingerprint(classifier), **key}
+    kept = torch.from_numpy(
+        cached(whole, uids, lambda: join([encode(classifier, rows)]).numpy(), folder=folder).copy()
+    )
+    width = classifier.classify.in_features
+    return Encoding(kept[:, :width], kept[:, width:])
+
+
+class Fusion(nn.Module):
+    """Pipeline 3: four linear layers, ReLU and dropout between them."""
+
+    def __init__(self, settings: FusionSettings, inputs: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for hidden in settings.hidden:
+            layers += [nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(settings.dropout)]
+            inputs = hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map joined encodings (B, inputs) to logits (B, classes)."""
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def join(encodings: Sequence[Encoding]) -> Tensor:
+    """Return what `Fusion` takes: features and scores of each encoding, beside each other.
+
+    One encoding alone is allowed: a fusion that hears only, to be compared with one that reads.
+
+    Raises:
+        ValueError: they hold different numbers of rows.
+    """
+    if len({len(encoding.features) for encoding in encodings}) != 1:
+        raise ValueError("encodings of the same rows are needed, in the same order")
+    return torch.cat([part for e in encodings for part in (e.features, e.scores)], 1)
