@@ -99,24 +99,28 @@ class Cnn(nn.Module):
         missing = self.shortest - x.shape[1]
         if missing > 0:
             x = nn.functional.pad(x, (0, 0, 0, missing))
-        x = x[:, None]  # (B, 1, T, M)
+        x = x[:, None].contiguous(memory_format=torch.channels_last)  # (B, 1, T, M)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = torch.relu(_normalised(norm, convolution(x), lengths))
+            x = _normalised(norm, convolution(x), lengths)
             x = nn.functional.avg_pool2d(x, self.pool)
             # As pooling a row alone does: what does not fill a window at the end falls away.
             lengths = lengths // self.pool
             x = x * within(lengths, x.shape[2])[:, None, :, None]
             x = self.dropout(x)
-        return x.transpose(1, 2).flatten(2), lengths
+        return x.permute(0, 2, 3, 1).flatten(2), lengths
 
 
 def _normalised(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """Normalise the valid frames over each other; the others become 0; (B, C, T, M)."""
-    valid = within(lengths, x.shape[2])
-    frames = x.transpose(1, 2)  # (B, T, C, M)
+    """Normalise the valid frames over each other, and rectify; the others become 0; (B, C, T, M).
+
+    Channels lie last in memory throughout, where a frame is one piece and a norm takes rows.
+    """
+    frames = x.permute(0, 2, 3, 1)  # (B, T, M, C)
+    valid = within(lengths, frames.shape[1])
+    sound = frames[valid]  # (frames, M, C)
     kept = torch.zeros_like(frames)
-    kept[valid] = norm(frames[valid])  # (frames, C, M)
-    return kept.transpose(1, 2)
+    kept[valid] = torch.relu(norm(sound.flatten(0, 1))).view_as(sound)
+    return kept.permute(0, 3, 1, 2)
 
 
 class BiLstm(nn.Module):
