@@ -98,6 +98,15 @@ def test_features_depend_on_the_text_alone(kind, tmp_path):
     assert not np.allclose(whole[0], whole[1], atol=1e-3)
 
 
+def test_features_are_taken_without_dropout(tmp_path):
+    model, tokens = encoder.load(save(tmp_path, hidden_dropout_prob=0.5), SETTINGS, classes=3)
+    one, two = (
+        encoder.extract(model.train(), tokens, TEXTS, max_length=12, tokens_per_pass=1000)
+        for _ in range(2)
+    )
+    assert np.array_equal(one, two)
+
+
 @each_encoder
 def test_every_parameter_gets_a_gradient(kind, tmp_path):
     model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
