@@ -3,7 +3,9 @@
 He, Minematsu and Saito, "Effective Integration of Transformer for Network-based Speech Emotion
 Recognition", section 3.1: 55 % train, 25 % validation and 20 % test, five folds. Folds that hold
 out speakers or sessions are made by `protocols`; a number on these is not one on those, because a
-network may know a speaker's voice instead of the emotion.
+network may know a speaker's voice instead of the emotion. Paper 002 (Petec and Popoviciu) has a
+random 80/20 split, on whose 20 % it both chooses epochs and reports; a fold here tests on 20 %
+and chooses on others.
 
 Where the paper is silent: the five test parts share no row and cover all; every class is parted
 by itself, so that each part has a fifth of it (give or take one row).

@@ -1,5 +1,7 @@
 """The speech papers' random folds."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -69,3 +71,9 @@ def test_random_folds_share_speakers_and_the_protocols_do_not(shared_data):
     apart = protocols.rows(protocol, corpus, seed=0, fold=0)
     speakers = [{row.utterance.speaker for row in part} for part in (apart.train, apart.test)]
     assert not speakers[0] & speakers[1]
+
+
+def test_folds_and_settings_load_no_torch():
+    modules = "llm_emo.baselines.folds, llm_emo.baselines.speech_settings"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
