@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_emo import recipes
+from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoder
 from llm_emo.experiment import Experiment
 from llm_emo.models import auto
@@ -38,7 +39,7 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         needed = split != "test" and recipe.train is not None
         if not needed and not getattr(experiment.splits, split):
             continue
-        rows = encoder.encode(experiment.examples(split))
+        rows = encoded(encoder, experiment.examples(split))
         auto.require_known(recipe.model.name, model, rows)
         lengths = sorted(len(row.prompt) + len(row.answer) for row in rows)
         result["splits"][split] = {

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_emo import checkpoints, methods, metrics, recipes, runs, training
+from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
 from llm_emo.experiment import Experiment
@@ -150,7 +151,7 @@ def prepare(experiment: Experiment) -> Job:
     labeller = open_labeller(experiment)
     base, model = labeller.base, labeller.model
     say(f"{base.name} in {base.dtype} on {base.model.device}: {methods.count_parameters(model)}")
-    rows = labeller.encoder.encode(experiment.examples("train"))
+    rows = encoded(labeller.encoder, experiment.examples("train"))
     # Found now rather than after an epoch.
     auto.require_known(base.name, base.model, [*rows, *labeller.encoder.encode(dev)])
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_emo import recipes
+from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded, Encoder
 from llm_emo.experiment import Experiment
 from llm_emo.inference import Ids, passes
@@ -68,7 +69,7 @@ class Workload:
             encoder = Encoder(auto.load_tokenizer(recipe.model), length)
         train: list[Encoded] = []
         if recipe.train is not None:
-            train = [_cut(row, length) for row in encoder.encode(experiment.examples("train"))]
+            train = [_cut(row, length) for row in encoded(encoder, experiment.examples("train"))]
         evaluated: Split = "dev"
         if recipe.train is None and experiment.splits.test:
             evaluated = "test"
