@@ -1,12 +1,14 @@
 """Attention over a trie in pieces: a trunk, and the branches that hang on it.
 
 A dense mask over N nodes computes N x N scores, most of them between texts that have nothing in
-common. Cut every largest subtree of at most W nodes off: what is left is the trunk, of T nodes,
-which attends to itself, and each of the R branches attends to the trunk and to itself. That is
-T x T + R x W x (T + W) scores, every visible one among them, so the result is the same.
+common. Cut every largest subtree of at most W nodes off: each is a row of W queries, which attend
+to the trunk and to the row itself. What is left is the trunk; its T nodes fill rows of their own,
+W to a row, which attend to the trunk alone. With R rows that is R x W x (T + W) scores, every
+visible one among them, so the result is the same.
 
-Letters: N nodes, T trunk, R branches, W the widest of them, P prefix length, S = P + T what stands
-above the branches, H heads, G key-value heads, F = H / G, D head dimension.
+Letters: N nodes, T trunk, R rows, W their width, M = R x W places in rows, P prefix length,
+S = P + T what stands above the rows, C columns of a query's scores, H heads, G key-value heads,
+F = H / G, D head dimension.
 """
 
 import dataclasses
@@ -20,27 +22,27 @@ from torch import Tensor
 SHARE = 0.7
 """Of the dense scores: a cut that leaves more of them is not worth its gathering."""
 
-WIDTHS = 16
+WIDTHS = 48
 """How many widths are tried; of more, evenly spaced ones."""
+
+COLUMNS = 32
+"""Columns are filled up to a multiple of this: softmax takes twice as long over a ragged end."""
 
 
 @dataclass(frozen=True)
 class Branches:
     """A trie cut into pieces.
 
-    `trunk` (T,) and `rows` (R, W) hold node numbers; behind a branch's end stand its root in
-    `rows`, and N in `real`. `place` (N,) says where a node is among the trunk and, behind it, the
-    flattened rows. The masks are what is added to scores, 0 or -inf: `on_trunk` (T, T), `on_path`
-    (R, T), `on_row` (R, W, W).
+    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their row's
+    first. `place` (N,) says where a node is among the M places. `above` (M, T) and `beside` (M, W)
+    say what a place's query sees of the trunk and of its own row.
     """
 
     trunk: Tensor
     rows: Tensor
-    real: Tensor
     place: Tensor
-    on_trunk: Tensor
-    on_path: Tensor
-    on_row: Tensor
+    above: Tensor
+    beside: Tensor
 
     @classmethod
     def cut(cls, exit: Tensor, above: Tensor, width: int) -> "Branches":
@@ -56,34 +58,54 @@ class Branches:
         size = exit - node
         trunk, roots = node[size > width], node[(size <= width) & (above > width)]
         offset = torch.arange(int(size[roots].max()))
-        inside = offset < size[roots][:, None]  # (R, W)
-        rows = torch.where(inside, roots[:, None] + offset, roots[:, None])
+        inside = offset < size[roots][:, None]
+        hanging = torch.where(inside, roots[:, None] + offset, roots[:, None])
+        lying = trunk.new_empty(-(-len(trunk) // len(offset)) * len(offset))
+        lying[: len(trunk)] = trunk
+        lying[len(trunk) :] = trunk[-1:]
+        rows = torch.cat([hanging, lying.view(-1, len(offset))])
+
         place = torch.empty_like(node)
-        place[trunk] = torch.arange(len(trunk))
-        place[rows[inside]] = len(trunk) + torch.arange(rows.numel()).view_as(rows)[inside]
-        sees = (rows[:, None] <= rows[..., None]) & (rows[..., None] < exit[rows][:, None])
-        return cls(
-            trunk=trunk,
-            rows=rows,
-            real=torch.where(inside, rows, len(exit)),
-            place=place,
-            on_trunk=_added((trunk <= trunk[:, None]) & (trunk[:, None] < exit[trunk])),
-            on_path=_added((trunk < roots[:, None]) & (roots[:, None] < exit[trunk])),
-            # As a query the root behind the end sees itself, so that no softmax is empty; as a
-            # key nobody sees it a second time.
-            on_row=_added(sees & inside[:, None]),
-        )
+        places = torch.arange(rows.numel()).view_as(rows)
+        place[hanging[inside]] = places[: len(roots)][inside]
+        place[trunk] = places[len(roots) :].flatten()[: len(trunk)]
+        query = rows.flatten()[:, None]
+        beside = torch.zeros(len(rows), len(offset), len(offset), dtype=torch.bool)
+        beside[: len(roots)] = _sees(hanging[..., None], hanging[:, None], exit)
+        # As a query the root behind a row's end sees itself, so that no softmax is empty; as a key
+        # nobody sees it a second time.
+        beside[: len(roots)] &= inside[:, None]
+        return cls(trunk, rows, place, _sees(query, trunk, exit), beside.flatten(0, 1))
 
     @property
     def scores(self) -> int:
-        """Scores of one head: T x T + R x W x (T + W)."""
-        return self.on_trunk.numel() + self.rows.numel() * (len(self.trunk) + self.rows.shape[1])
+        """Scores of one head: M x (T + W)."""
+        return self.above.numel() + self.beside.numel()
+
+    def bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
+        """Return what is added to scores, 0 or -inf, shape (M, 1, C): prefix, trunk, row, filling.
+
+        Made once and kept, because all layers of a pass ask for the same.
+        """
+        kept: dict[tuple[int, torch.dtype], Tensor] = self.__dict__.setdefault("_biases", {})
+        if (prefix, dtype) not in kept:
+            seen = torch.cat([self.above, self.beside], 1)
+            filling = -(prefix + seen.shape[1]) % COLUMNS
+            seen = torch.nn.functional.pad(seen, (prefix, 0), value=True)
+            seen = torch.nn.functional.pad(seen, (0, filling))
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            kept[prefix, dtype] = bias.masked_fill_(~seen, -torch.inf)[:, None]
+        return kept[prefix, dtype]
 
     def to(self, device: torch.device) -> "Branches":
         """Return the pieces on `device`."""
         return Branches(
             *(getattr(self, field.name).to(device) for field in dataclasses.fields(self))
         )
+
+
+def _sees(query: Tensor, key: Tensor, exit: Tensor) -> Tensor:
+    return (key <= query) & (query < exit[key])
 
 
 def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
@@ -105,15 +127,11 @@ def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
     best, fewest = None, SHARE * len(exit) ** 2
     for width in widths.tolist():
         trunk = int((sizes > width).sum())
-        branches = int(((sizes <= width) & (parents > width)).sum())
-        scores = trunk**2 + branches * width * (trunk + width)
+        rows = int(((sizes <= width) & (parents > width)).sum()) - (-trunk // width)
+        scores = rows * width * (trunk + width)
         if scores < fewest:
             best, fewest = width, scores
     return None if best is None else Branches.cut(exit, above, best)
-
-
-def _added(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
 def attend(
@@ -139,7 +157,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """Each piece's products go straight into its scores, in either direction.
+    """Both products of a query go straight into its scores, in either direction.
 
     Left to autograd, every slice and concatenation of the scores is one more pass over them,
     and such passes together cost more than the products.
@@ -155,91 +173,77 @@ class _Attend(torch.autograd.Function):
         branches: Branches,
         scale: float,
     ) -> Tensor:
-        groups, width = key.shape[1], key.shape[3]
-        (rows, each), trunk = branches.rows.shape, len(branches.trunk)
-        shape = (groups, rows, query.shape[1] // groups, each)  # (G, R, F, W)
-        own = prefix.permute(1, 2, 0, 3)  # (2, G, P, D)
-        q, k, v = query[0], key[0], value[0]
-        flat = branches.rows.flatten()
-        tq = q.index_select(1, branches.trunk).view(groups, -1, width)  # (G, F*T, D)
-        tk = torch.cat([own[0], k.index_select(1, branches.trunk)], 1)  # (G, S, D)
-        tv = torch.cat([own[1], v.index_select(1, branches.trunk)], 1)
-        rq = q.index_select(1, flat).view(groups, -1, rows, each, width)
-        rq = rq.transpose(1, 2).reshape(groups, -1, width)  # (G, R*F*W, D)
-        rk = k.index_select(1, flat).view(-1, each, width)  # (G*R, W, D)
-        rv = v.index_select(1, flat).view(-1, each, width)
+        heads, groups, width = query.shape[1], key.shape[1], key.shape[3]
+        rows, each = branches.rows.shape
+        flat, above = branches.rows.flatten(), len(prefix) + len(branches.trunk)  # (M,), S
+        # Where projections wrote them, node by node, whatever the views say: cheap to gather from.
+        nodes = query[0].transpose(0, 1).flatten(1)  # (N, H*D)
+        both = torch.cat([key[0], value[0]]).transpose(0, 1).flatten(1)  # (N, 2G*D)
+        q = _grouped(nodes.index_select(0, flat), groups).view(groups, -1, width).mul_(scale)
+        own = _grouped(both.index_select(0, flat), 2 * groups).view(2, -1, each, width)
+        trunk = _grouped(both.index_select(0, branches.trunk), 2 * groups)  # (2G, T, D)
+        up = torch.cat([prefix.permute(1, 2, 0, 3).flatten(0, 1), trunk], 1)  # (2G, S, D)
 
-        above = len(prefix) + trunk  # S
-        ts = q.new_zeros(groups, shape[2], trunk, above)
-        ts[..., len(prefix) :] = branches.on_trunk
-        ts = ts.flatten(1, 2).baddbmm_(tq, tk.transpose(1, 2), alpha=scale)
-        rs = q.new_empty(*shape, above + each)
-        rs[..., : len(prefix)] = 0
-        rs[..., len(prefix) : above] = branches.on_path[:, None, None]
-        rs[..., above:] = branches.on_row[:, None]
-        rs = rs.flatten(1, 3)  # (G, R*F*W, S+W)
-        rs[..., :above].baddbmm_(rq, tk.transpose(1, 2), alpha=scale)
-        _beside(rs, above, rows).baddbmm_(_beside(rq, 0, rows), rk.transpose(1, 2), alpha=scale)
-        tp, rp = ts.softmax(-1), rs.softmax(-1)
+        bias = branches.bias(len(prefix), query.dtype)
+        shares = q.new_empty(groups, len(flat), heads // groups, bias.shape[-1])
+        shares = shares.copy_(bias).flatten(1, 2)  # (G, M*F, C)
+        shares[..., :above].baddbmm_(q, up[:groups].transpose(1, 2))
+        _rowwise(shares, above, rows, each).baddbmm_(_rowwise(q, 0, rows), own[0].transpose(1, 2))
+        shares = shares.softmax(-1)
+        out = shares[..., :above] @ up[groups:]
+        _rowwise(out, 0, rows).baddbmm_(_rowwise(shares, above, rows, each), own[1])
 
-        out = q.new_empty(trunk + rows * each, q.shape[0], width)
-        out[:trunk] = (tp @ tv).view(q.shape[0], trunk, width).transpose(0, 1)
-        ro = rp[..., :above] @ tv
-        _beside(ro, 0, rows).baddbmm_(_beside(rp, above, rows), rv)
-        out[trunk:].view(rows, each, groups, -1, width).copy_(
-            ro.view(*shape, width).permute(1, 3, 0, 2, 4)
-        )
-        ctx.save_for_backward(tq, tk, tv, rq, rk, rv, tp, rp)
+        ctx.save_for_backward(q, own, up, shares)
         ctx.branches, ctx.scale, ctx.prefix = branches, scale, len(prefix)
-        return out.index_select(0, branches.place)[None]
+        return _ungrouped(out, branches.place, heads // groups).view(1, len(nodes), heads, width)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tq, tk, tv, rq, rk, rv, tp, rp = ctx.saved_tensors
-        branches, scale, length = ctx.branches, ctx.scale, ctx.prefix
-        groups, above, width = tk.shape
-        (rows, each), trunk, heads = branches.rows.shape, len(branches.trunk), grad.shape[2]
-        # Node N gets no gradient: the root that stands again behind its branch's end.
-        padded = torch.nn.functional.pad(grad[0].flatten(1), (0, 0, 0, 1))  # (N+1, H*D)
-        tg = padded.index_select(0, branches.trunk).view(trunk, heads, width)
-        tg = tg.transpose(0, 1).reshape(groups, -1, width)
-        rg = padded.index_select(0, branches.real.flatten()).view(rows, each, groups, -1, width)
-        rg = rg.permute(2, 0, 3, 1, 4).reshape(groups, -1, width)  # (G, R*F*W, D)
-        query, gradient = _beside(rq, 0, rows), _beside(rg, 0, rows)
+        q, own, up, shares = ctx.saved_tensors
+        branches, length = ctx.branches, ctx.prefix
+        (rows, each), (groups, above, width) = branches.rows.shape, (len(q), *up.shape[1:])
+        # A place that no node fills gets no gradient.
+        nodes = grad.new_zeros(rows * each, grad[0, 0].numel())
+        nodes.index_copy_(0, branches.place, grad[0].flatten(1))
+        g = _grouped(nodes, groups).view(groups, -1, width)  # (G, M*F, D)
 
-        ts = torch._softmax_backward_data(tg @ tv.transpose(1, 2), tp, -1, tp.dtype)
-        rs = torch.empty_like(rp)
-        torch.bmm(rg, tv.transpose(1, 2), out=rs[..., :above])
-        torch.bmm(gradient, rv.transpose(1, 2), out=_beside(rs, above, rows))
-        rs = torch._softmax_backward_data(rs, rp, -1, rp.dtype)
-        up, beside = rs[..., :above], _beside(rs, above, rows)
+        ds = torch.empty_like(shares)
+        ds[..., above + each :] = 0
+        torch.bmm(g, up[groups:].transpose(1, 2), out=ds[..., :above])
+        torch.bmm(_rowwise(g, 0, rows), own[1].transpose(1, 2), out=_rowwise(ds, above, rows, each))
+        ds = torch._softmax_backward_data(ds, shares, -1, shares.dtype)
+        beside = _rowwise(ds, above, rows, each)
 
+        dq = ds[..., :above] @ up[:groups]
+        _rowwise(dq, 0, rows).baddbmm_(beside, own[0])
+        dq = _ungrouped(dq, branches.place, g.shape[1] // (rows * each)).mul_(ctx.scale)
         # The scores stand behind: their rows have gaps, which a product can skip but not turn.
-        dv = torch.baddbmm(tg.transpose(1, 2) @ tp, rg.transpose(1, 2), rp[..., :above])
-        dk = torch.baddbmm(tq.transpose(1, 2) @ ts, rq.transpose(1, 2), up).mul_(scale)
-        drv = gradient.transpose(1, 2) @ _beside(rp, above, rows)
-        drk = (query.transpose(1, 2) @ beside).mul_(scale)
-        dv, dk, drv, drk = (part.transpose(1, 2) for part in (dv, dk, drv, drk))
-        drq = up @ tk
-        _beside(drq, 0, rows).baddbmm_(beside, rk)
-        drq = drq.view(groups, rows, -1, each, width).transpose(1, 2).reshape(heads, -1, width)
-
-        def whole(first: Tensor, second: Tensor) -> Tensor:
-            both = torch.cat([first, second.reshape(first.shape[0], -1, width)], 1)
-            return both.index_select(1, branches.place)[None]
-
-        return (
-            whole((ts @ tk).view(heads, trunk, width), drq).mul_(scale),
-            whole(dk[:, length:], drk),
-            whole(dv[:, length:], drv),
-            torch.stack([dk[:, :length], dv[:, :length]]).permute(2, 0, 1, 3) if length else None,
-            None,
-            None,
-        )
+        drow = torch.cat([_rowwise(q, 0, rows).transpose(1, 2) @ beside,
+                          _rowwise(g, 0, rows).transpose(1, 2)
+                          @ _rowwise(shares, above, rows, each)])  # fmt: skip
+        dup = torch.cat([q.transpose(1, 2) @ ds[..., :above],
+                         g.transpose(1, 2) @ shares[..., :above]]).transpose(1, 2)  # fmt: skip
+        drow = drow.view(2 * groups, rows, width, each).permute(1, 3, 0, 2).flatten(0, 1)
+        dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
+        dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
+        dkey, dvalue = dboth.transpose(0, 1)[None].chunk(2, 1)
+        before = dup[:, :length].unflatten(0, (2, groups)).permute(2, 0, 1, 3) if length else None
+        return dq.unflatten(1, (-1, width)).transpose(0, 1)[None], dkey, dvalue, before, None, None
 
 
-def _beside(rows: Tensor, first: int, count: int) -> Tensor:
-    """Return the columns from `first` on of (G, R*F*W, X), one branch apart: (G*R, F*W, ...)."""
-    groups, every, _ = rows.shape
-    return rows[..., first:].view(groups, count, every // count, -1).flatten(0, 1)
+def _grouped(nodes: Tensor, groups: int) -> Tensor:
+    """Return (X, G*Y) as (G, X, Y)."""
+    return nodes.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+
+
+def _ungrouped(places: Tensor, place: Tensor, fold: int) -> Tensor:
+    """Return (G, M*F, D), gathered at each node's place, as (N, G*F*D)."""
+    rows = places.unflatten(1, (-1, fold)).flatten(2)  # (G, M, F*D)
+    return rows.transpose(0, 1).index_select(0, place).flatten(1)
+
+
+def _rowwise(places: Tensor, first: int, rows: int, count: int | None = None) -> Tensor:
+    """View `count` columns from `first` on of (G, M*F, X) one row apart: (G*R, W*F, count)."""
+    columns = places[..., first : None if count is None else first + count]
+    return columns.view(len(places) * rows, -1, columns.shape[-1])

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from llm_emo import recipes
 from llm_emo.errors import AdapterError, ModelError
+from llm_emo.lean import lean
 from llm_emo.models import auto, weights
 from llm_emo.models.prefix import PTuningV2Model as PTuningV2Model
 from llm_emo.models.prefix import p_tuning_v2
@@ -87,6 +88,7 @@ def adapt(
             model = _lora(base, method)
         case recipes.PTuningV2():
             model = p_tuning_v2(base, method, prefix_ids)
+    lean(model)
     return model
 
 
