@@ -202,7 +202,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, own, up, shares = ctx.saved_tensors
         branches, length = ctx.branches, ctx.prefix
-        (rows, each), (groups, above, width) = branches.rows.shape, (len(q), *up.shape[1:])
+        (rows, each), (_, above, width) = branches.rows.shape, up.shape
+        groups = len(q)
         # A place that no node fills gets no gradient.
         nodes = grad.new_zeros(rows * each, grad[0, 0].numel())
         nodes.index_copy_(0, branches.place, grad[0].flatten(1))
@@ -228,18 +229,22 @@ class _Attend(torch.autograd.Function):
         dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
         dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
         dkey, dvalue = dboth.transpose(0, 1)[None].chunk(2, 1)
-        before = dup[:, :length].unflatten(0, (2, groups)).permute(2, 0, 1, 3) if length else None
-        return dq.unflatten(1, (-1, width)).transpose(0, 1)[None], dkey, dvalue, before, None, None
+        before = None
+        if length:
+            before = dup[:, :length].reshape(2, groups, length, width).permute(2, 0, 1, 3)
+        dquery = dq.view(len(dq), -1, width).transpose(0, 1)[None]
+        return dquery, dkey, dvalue, before, None, None
 
 
 def _grouped(nodes: Tensor, groups: int) -> Tensor:
     """Return (X, G*Y) as (G, X, Y)."""
-    return nodes.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+    apart = nodes.view(len(nodes), groups, nodes.shape[1] // groups)
+    return apart.transpose(0, 1).contiguous()
 
 
 def _ungrouped(places: Tensor, place: Tensor, fold: int) -> Tensor:
     """Return (G, M*F, D), gathered at each node's place, as (N, G*F*D)."""
-    rows = places.unflatten(1, (-1, fold)).flatten(2)  # (G, M, F*D)
+    rows = places.view(len(places), -1, fold * places.shape[2])  # (G, M, F*D)
     return rows.transpose(0, 1).index_select(0, place).flatten(1)
 
 

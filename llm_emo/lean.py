@@ -24,9 +24,9 @@ def lean(model: nn.Module) -> None:
     """Exchange the forward of every RMSNorm and LoRA layer of `model` that is of the usual form."""
     for module in model.modules():
         if _is_rms_norm(module):
-            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_rms_norm, module)
         elif type(module) is LoraLinear:
-            module.forward = MethodType(_lora, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_lora, module)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
