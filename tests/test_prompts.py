@@ -64,13 +64,13 @@ def test_the_mandarin_prompt_is_mandarin_throughout() -> None:
     assert example.answer == "积极"
 
 
-def test_the_dialogue_stands_before_the_question_with_its_speakers() -> None:
+def test_the_dialogue_ends_with_the_sentence_and_has_its_speakers() -> None:
     labels = prompts.label_set(SENTIMENT, "en")
     turns = (utterance("a", "Hello!"), utterance("b", " Oh. ", None))
     example = prompts.load("dialogue").render(row("Fine.", *turns, speaker="Bob"), labels)
     assert example.message == (
-        "Ann: Hello!\nSomeone: Oh.\nClassify the sentiment of the next sentence, said by Bob, to "
-        "Positive, Negative or Neutral: Fine."
+        "Classify the sentiment of the last sentence to Positive, Negative or Neutral:\n"
+        "Ann: Hello!\nSomeone: Oh.\nBob: Fine."
     )
 
 
@@ -87,22 +87,21 @@ def test_a_missing_speaker_gets_the_prompts_own_word(
 def test_a_speakers_name_stays_on_one_line() -> None:
     labels = prompts.label_set(SENTIMENT, "en")
     example = prompts.load("dialogue").render(row("x", speaker=" Ann\n Lee "), labels)
-    assert "said by Ann Lee, to" in example.message
+    assert example.message.endswith("\nAnn Lee: x")
 
 
 @pytest.mark.parametrize("name", ["dialogue", "dialogue_zh"])
-@given(texts=st.lists(st.text(), min_size=1, max_size=6))
-def test_turns_of_one_dialogue_share_everything_before_the_question(
-    name: str, texts: list[str]
+@given(texts=st.lists(st.text(), max_size=5), last=st.text().filter(str.strip))
+def test_every_turn_of_a_dialogue_is_the_beginning_of_the_next(
+    name: str, texts: list[str], last: str
 ) -> None:
     prompt = prompts.load(name)
     labels = prompts.label_set(SENTIMENT, prompt.language)
-    turns = tuple(utterance(str(i), text) for i, text in enumerate(texts))
-    earlier = prompt.render(row("x", *turns[:-1]), labels)
+    turns = tuple(utterance(str(i), text) for i, text in enumerate([*texts, last]))
+    earlier = prompt.render(row(last, *turns[:-1]), labels)
     later = prompt.render(row("y", *turns), labels)
-    shared = "".join((earlier.before, *earlier.history))
-    assert later.message.startswith(shared)
-    assert len(later.history) - len(earlier.history) == bool(texts[-1].strip())
+    assert later.message.startswith(earlier.message)
+    assert len(later.history) == len(earlier.history) + 1
 
 
 @pytest.mark.parametrize(("window", "shown"), [(0, 0), (1, 1), (3, 3), (9, 4), (None, 2)])
