@@ -10,6 +10,7 @@ Letters: B batch, H heads, G key-value heads, Q queries, K keys, P prefix length
 D head dimension.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,19 +33,18 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    prefix: Tensor | None = None,
+    prefix: Sequence[Tensor] | None = None,
     branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend from (B, H, Q, D) to (B, G, K, D); return (B, Q, H, D).
 
-    `prefix`, shape (P, 2M, G, D), holds the un-rotated keys and values of all layers; every
+    `prefix` holds the un-rotated keys and values of each layer, of shape (P, 2, G, D); every
     query sees those of its layer. With `branches` the mask is not looked at.
     """
     both = None
     if prefix is not None:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        both = prefix[:, 2 * layer : 2 * layer + 2].to(key.dtype)  # (P, 2, G, D)
+        both = prefix[int(module.layer_idx)].to(key.dtype)  # type: ignore[arg-type]
     if branches is not None:
         return attend(query, key, value, branches, both, kwargs.get("scaling")), None
     if both is not None:

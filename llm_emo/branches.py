@@ -152,88 +152,99 @@ def attend(
     key, value = key[:, :, front:], value[:, :, front:]
     prefix = before if prefix is None else torch.cat([prefix.to(key.dtype), before])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Attend.apply(query, key, value, prefix, branches, scale)  # type: ignore[no-untyped-call]
-    return out
+    # Where projections wrote them, node by node, whatever the views say: cheap to gather from.
+    nodes = query[0].transpose(0, 1).flatten(1)
+    both = torch.cat([key[0], value[0]]).transpose(0, 1).flatten(1)
+    before = prefix.permute(1, 2, 0, 3).flatten(0, 1)
+    out: Tensor = _Attend.apply(nodes, both, before, branches, scale)  # type: ignore[no-untyped-call]
+    return out.view(1, len(out), -1, query.shape[-1])
 
 
 class _Attend(torch.autograd.Function):
-    """Both products of a query go straight into its scores, in either direction.
-
-    Left to autograd, every slice and concatenation of the scores is one more pass over them,
-    and such passes together cost more than the products.
-    """
-
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix: Tensor,
-        branches: Branches,
-        scale: float,
+        ctx: Any, nodes: Tensor, both: Tensor, before: Tensor, branches: Branches, scale: float
     ) -> Tensor:
-        heads, groups, width = query.shape[1], key.shape[1], key.shape[3]
-        rows, each = branches.rows.shape
-        flat, above = branches.rows.flatten(), len(prefix) + len(branches.trunk)  # (M,), S
-        # Where projections wrote them, node by node, whatever the views say: cheap to gather from.
-        nodes = query[0].transpose(0, 1).flatten(1)  # (N, H*D)
-        both = torch.cat([key[0], value[0]]).transpose(0, 1).flatten(1)  # (N, 2G*D)
-        q = _grouped(nodes.index_select(0, flat), groups).view(groups, -1, width).mul_(scale)
-        own = _grouped(both.index_select(0, flat), 2 * groups).view(2, -1, each, width)
-        trunk = _grouped(both.index_select(0, branches.trunk), 2 * groups)  # (2G, T, D)
-        up = torch.cat([prefix.permute(1, 2, 0, 3).flatten(0, 1), trunk], 1)  # (2G, S, D)
-
-        bias = branches.bias(len(prefix), query.dtype)
-        shares = q.new_empty(groups, len(flat), heads // groups, bias.shape[-1])
-        shares = shares.copy_(bias).flatten(1, 2)  # (G, M*F, C)
-        shares[..., :above].baddbmm_(q, up[:groups].transpose(1, 2))
-        _rowwise(shares, above, rows, each).baddbmm_(_rowwise(q, 0, rows), own[0].transpose(1, 2))
-        shares = shares.softmax(-1)
-        out = shares[..., :above] @ up[groups:]
-        _rowwise(out, 0, rows).baddbmm_(_rowwise(shares, above, rows, each), own[1])
-
-        ctx.save_for_backward(q, own, up, shares)
-        ctx.branches, ctx.scale, ctx.prefix = branches, scale, len(prefix)
-        return _ungrouped(out, branches.place, heads // groups).view(1, len(nodes), heads, width)
+        out, saved = forward(nodes, both, before, branches, scale)
+        ctx.save_for_backward(*saved)
+        ctx.branches, ctx.scale = branches, scale
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, own, up, shares = ctx.saved_tensors
-        branches, length = ctx.branches, ctx.prefix
-        (rows, each), (_, above, width) = branches.rows.shape, up.shape
-        groups = len(q)
-        # A place that no node fills gets no gradient.
-        nodes = grad.new_zeros(rows * each, grad[0, 0].numel())
-        nodes.index_copy_(0, branches.place, grad[0].flatten(1))
-        g = _grouped(nodes, groups).view(groups, -1, width)  # (G, M*F, D)
+        return *backward(grad, ctx.saved_tensors, ctx.branches, ctx.scale), None, None
 
-        ds = torch.empty_like(shares)
-        ds[..., above + each :] = 0
-        torch.bmm(g, up[groups:].transpose(1, 2), out=ds[..., :above])
-        torch.bmm(_rowwise(g, 0, rows), own[1].transpose(1, 2), out=_rowwise(ds, above, rows, each))
-        ds = torch._softmax_backward_data(ds, shares, -1, shares.dtype)
-        beside = _rowwise(ds, above, rows, each)
 
-        dq = ds[..., :above] @ up[:groups]
-        _rowwise(dq, 0, rows).baddbmm_(beside, own[0])
-        dq = _ungrouped(dq, branches.place, g.shape[1] // (rows * each)).mul_(ctx.scale)
-        # The scores stand behind: their rows have gaps, which a product can skip but not turn.
-        drow = torch.cat([_rowwise(q, 0, rows).transpose(1, 2) @ beside,
-                          _rowwise(g, 0, rows).transpose(1, 2)
-                          @ _rowwise(shares, above, rows, each)])  # fmt: skip
-        dup = torch.cat([q.transpose(1, 2) @ ds[..., :above],
-                         g.transpose(1, 2) @ shares[..., :above]]).transpose(1, 2)  # fmt: skip
-        drow = drow.view(2 * groups, rows, width, each).permute(1, 3, 0, 2).flatten(0, 1)
-        dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
-        dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
-        dkey, dvalue = dboth.transpose(0, 1)[None].chunk(2, 1)
-        before = None
-        if length:
-            before = dup[:, :length].reshape(2, groups, length, width).permute(2, 0, 1, 3)
-        dquery = dq.view(len(dq), -1, width).transpose(0, 1)[None]
-        return dquery, dkey, dvalue, before, None, None
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(
+    nodes: Tensor, both: Tensor, before: Tensor, branches: Branches, scale: float
+) -> tuple[Tensor, Saved]:
+    """Attend, and return the result, shape (N, H*D), with what `backward` needs.
+
+    Both products of a query go straight into its scores, here and in `backward`. Left to autograd,
+    every slice and concatenation of the scores is one more pass over them, and such passes
+    together cost more than the products.
+
+    Args:
+        nodes: Queries, shape (N, H*D).
+        both: Keys, then values, shape (N, 2G*D).
+        before: Keys, then values, that every node sees, shape (2G, P, D).
+        branches: The trie's pieces.
+        scale: What scores are multiplied by.
+    """
+    groups, length, width = before.shape[0] // 2, *before.shape[1:]
+    (rows, each), fold = branches.rows.shape, nodes.shape[1] // (groups * width)
+    flat, above = branches.rows.flatten(), length + len(branches.trunk)  # (M,), S
+    q = _grouped(nodes.index_select(0, flat), groups).view(groups, -1, width).mul_(scale)
+    own = _grouped(both.index_select(0, flat), 2 * groups).view(2, -1, each, width)
+    trunk = _grouped(both.index_select(0, branches.trunk), 2 * groups)  # (2G, T, D)
+    up = torch.cat([before, trunk], 1)  # (2G, S, D)
+
+    bias = branches.bias(length, nodes.dtype)
+    shares = q.new_empty(groups, len(flat), fold, bias.shape[-1])
+    shares = shares.copy_(bias).flatten(1, 2)  # (G, M*F, C)
+    shares[..., :above].baddbmm_(q, up[:groups].transpose(1, 2))
+    _rowwise(shares, above, rows, each).baddbmm_(_rowwise(q, 0, rows), own[0].transpose(1, 2))
+    shares = shares.softmax(-1)
+    out = shares[..., :above] @ up[groups:]
+    _rowwise(out, 0, rows).baddbmm_(_rowwise(shares, above, rows, each), own[1])
+    return _ungrouped(out, branches.place, fold), (q, own, up, shares)
+
+
+def backward(
+    grad: Tensor, saved: Saved, branches: Branches, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `nodes`, `both` and `before`; `grad` has shape (N, H*D)."""
+    q, own, up, shares = saved
+    (rows, each), (groups, places, width) = branches.rows.shape, q.shape
+    fold, above, length = places // (rows * each), up.shape[1], up.shape[1] - len(branches.trunk)
+    # A place that no node fills gets no gradient.
+    nodes = grad.new_zeros(rows * each, grad.shape[1]).index_copy_(0, branches.place, grad)
+    g = _grouped(nodes, groups).view(groups, -1, width)  # (G, M*F, D)
+
+    ds = torch.empty_like(shares)
+    ds[..., above + each :] = 0
+    torch.bmm(g, up[groups:].transpose(1, 2), out=ds[..., :above])
+    torch.bmm(_rowwise(g, 0, rows), own[1].transpose(1, 2), out=_rowwise(ds, above, rows, each))
+    ds = torch._softmax_backward_data(ds, shares, -1, shares.dtype)
+    beside = _rowwise(ds, above, rows, each)
+
+    dq = ds[..., :above] @ up[:groups]
+    _rowwise(dq, 0, rows).baddbmm_(beside, own[0])
+    dnodes = _ungrouped(dq, branches.place, fold).mul_(scale)
+    # The scores stand behind: their rows have gaps, which a product can skip but not turn.
+    drow = torch.cat([_rowwise(q, 0, rows).transpose(1, 2) @ beside,
+                      _rowwise(g, 0, rows).transpose(1, 2)
+                      @ _rowwise(shares, above, rows, each)])  # fmt: skip
+    dup = torch.cat([q.transpose(1, 2) @ ds[..., :above],
+                     g.transpose(1, 2) @ shares[..., :above]]).transpose(1, 2)  # fmt: skip
+    drow = drow.view(2 * groups, rows, width, each).permute(1, 3, 0, 2).flatten(0, 1)
+    dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
+    dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
+    return dnodes, dboth.flatten(1), dup[:, :length]
 
 
 def _grouped(nodes: Tensor, groups: int) -> Tensor:

@@ -37,8 +37,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     if self.weight.requires_grad:
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
-    normed: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-    return normed
+    out: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,36 +50,49 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        y = x.float()
-        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        scale = scale.square_().mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+        y, scale = normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        # In float32 `y` is `x` itself, which others still read.
-        y = y * scale if y is x else y.mul_(scale)
-        return y.mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        u = grad.float()
-        u = u * weight if u is grad else u.mul_(weight)
-        y = x.float()
-        share = torch.linalg.vecdot(u, y)[..., None].mul_(scale.square()).mul_(-1 / x.shape[-1])
-        return u.addcmul_(y, share).mul_(scale).to(x.dtype), None, None
+        return normed_backward(grad, *ctx.saved_tensors), None, None
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return w * x / rms(x), and 1 / rms(x), of shape (..., 1) in float32."""
+    y = x.float()
+    scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    scale = scale.square_().mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+    # In float32 `y` is `x` itself, which others still read.
+    y = y * scale if y is x else y.mul_(scale)
+    return y.mul_(weight).to(x.dtype), scale
+
+
+def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of `x`, from that of the normed and what `normed` returned."""
+    u = grad.float()
+    u = u * weight if u is grad else u.mul_(weight)
+    y = x.float()
+    share = torch.linalg.vecdot(u, y)[..., None].mul_(scale.square()).mul_(-1 / x.shape[-1])
+    return u.addcmul_(y, share).mul_(scale).to(x.dtype)
+
+
+def plain(layer: LoraLinear) -> bool:
+    """Whether nothing but this program's one LoRA adapter, without dropout, is at work here."""
+    return not (
+        layer.disable_adapters
+        or layer.merged
+        or list(layer.active_adapters) != ["default"]
+        or layer.lora_variant
+        or layer.lora_bias["default"]
+        or (layer.training and not isinstance(layer.lora_dropout["default"], nn.Identity))
+    )
 
 
 def _lora(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if (
-        args
-        or kwargs
-        or self.disable_adapters
-        or self.merged
-        or list(self.active_adapters) != ["default"]
-        or self.lora_variant
-        or self.lora_bias["default"]
-        or (self.training and not isinstance(self.lora_dropout["default"], nn.Identity))
-    ):
+    if args or kwargs or not plain(self):
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     out: Tensor = self.base_layer(x)
     down, up = (part["default"].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_emo import recipes
+from llm_emo.decoder_layer import write_out
 from llm_emo.errors import AdapterError, ModelError
 from llm_emo.lean import lean
 from llm_emo.models import auto, weights
@@ -89,6 +90,7 @@ def adapt(
         case recipes.PTuningV2():
             model = p_tuning_v2(base, method, prefix_ids)
     lean(model)
+    write_out(model)
     return model
 
 

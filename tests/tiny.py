@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     GlmConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -53,11 +54,13 @@ _SIZES: dict[str, Any] = {
 
 
 def config(architecture: str, **changes: Any) -> Any:
-    """Return the config of a tiny model of one of `ARCHITECTURES`."""
+    """Return the config of a tiny model of one of `ARCHITECTURES`, or of "mistral"."""
     sizes = _SIZES | changes
     match architecture:
         case "llama":
             return LlamaConfig(**{"tie_word_embeddings": True} | sizes)
+        case "mistral":
+            return MistralConfig(**{"sliding_window": None} | sizes)
         case "qwen2":  # biases in attention
             return Qwen2Config(**sizes)
         case "qwen3":  # normalised queries and keys

@@ -98,7 +98,8 @@ class PTuningV2Model(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """Run the base model with the prefix in front of every layer's keys and values."""
-        return self.base(**inputs, prefix=self.dropout(self.prefix()))
+        prefix = self.dropout(self.prefix()).to(self.base.dtype)
+        return self.base(**inputs, prefix=prefix.split(2, 1))  # of each layer, (P, 2, G, D)
 
 
 def p_tuning_v2(

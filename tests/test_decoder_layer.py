@@ -1,0 +1,142 @@
+"""Decoder layers written out, against the layers' own forward."""
+
+import pytest
+import tiny
+import torch
+
+from llm_emo import attention, branches, decoder_layer, training
+from llm_emo.decoder_layer import KINDS
+from llm_emo.trie import TokenTrie, TrieDecoder, begin, node_logits
+
+ARCHITECTURES = ("llama", "mistral", "qwen2")
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """How often a layer was run written out."""
+    calls = []
+    apply = decoder_layer._Layer.apply
+
+    def counting(*arguments):
+        calls.append(1)
+        return apply(*arguments)
+
+    monkeypatch.setattr(decoder_layer._Layer, "apply", counting)
+    return calls
+
+
+def ours(architecture, method="lora", dtype=torch.float32, **changes):
+    made = tiny.adapted(architecture, method, **changes)
+    inner = made.base if method == "p_tuning_v2" else made.get_base_model()
+    inner.set_attn_implementation(attention.NAME)
+    for parameter in made.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return made
+
+
+def as_they_were(model):
+    """Give the layers back their own forward."""
+    for module in model.modules():
+        if isinstance(module, KINDS):
+            module.__dict__.pop("forward", None)
+
+
+def learned(model, rows):
+    model.zero_grad()
+    loss = training.answer_loss(model, training.collate(rows))
+    loss.backward()
+    return loss.detach(), tiny.gradients(model)
+
+
+CASES = [
+    ("lora", {"target_modules": ALL}),
+    ("lora", {"target_modules": ("v_proj",)}),
+    ("lora", {"target_modules": ("o_proj", "up_proj")}),
+    ("lora", {"target_modules": ("q_proj", "k_proj", "v_proj"), "tie_a": True}),
+    ("lora", {"target_modules": ("down_proj", "k_proj"), "rank": 3, "alpha": 5.0}),
+    ("p_tuning_v2", {}),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_a_layer_written_out_learns_the_same(architecture, method, changes, written):
+    made, rows = ours(architecture, method, **changes), tiny.encoded(9, shared=9)
+    loss, gradients = learned(made, rows)
+    assert len(written) == 2  # one a layer
+    as_they_were(made)
+    expected_loss, expected = learned(made, rows)
+    assert len(written) == 2
+    torch.testing.assert_close(loss, expected_loss)
+    assert tiny.distance(gradients, expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_layer_that_is_computed_again_in_the_backward_pass_runs_its_own_forward(method, written):
+    made, rows = ours("llama", method).train(), tiny.encoded(9, shared=9)
+    _, expected = learned(made, rows)
+    inner = made.base if method == "p_tuning_v2" else made.get_base_model()
+    inner.activation_checkpointing_enable({"use_reentrant": False})
+    _, gradients = learned(made, rows)
+    assert len(written) == 2  # before
+    assert tiny.distance(gradients, expected) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_layers_written_out_leave_the_same_cache(architecture, method, written):
+    made = ours(architecture, method)
+    rows = [row.prompt for row in tiny.encoded(9, shared=9)]
+    trie = TokenTrie.build([row[4:] for row in rows])
+
+    def decoded():
+        beginning = begin(made, rows[0][:4])
+        assert beginning is not None
+        decoder = TrieDecoder(made, trie, beginning)
+        prefilled = decoder.logits
+        decoder.step(prefilled.argmax(-1))
+        return prefilled, decoder.logits
+
+    with torch.inference_mode():
+        found = decoded()
+        assert written
+        written.clear()
+        as_they_were(made)
+        expected = decoded()
+        assert not written
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward():
+    rows = tiny.encoded(9, shared=9)
+    _, exact = learned(ours("llama"), rows)
+    made = ours("llama", dtype=torch.bfloat16)
+    _, found = learned(made, rows)
+    as_they_were(made)
+    _, usual = learned(made, rows)
+    assert found.dtype == torch.float32
+    assert tiny.distance(found, exact) <= 1.2 * tiny.distance(usual, exact)
+
+
+def test_a_layer_that_learns_or_drops_runs_its_own_forward(written):
+    trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
+    dropping = ours("llama", dropout=0.5).train()
+    node_logits(dropping, trie, trie.last)
+    assert not written
+    dropping.eval()
+    node_logits(dropping, trie, trie.last)
+    assert len(written) == 2
+    dropping.get_base_model().model.layers[0].mlp.up_proj.requires_grad_(True)
+    node_logits(dropping, trie, trie.last)
+    assert len(written) == 3  # the other layer only
+
+
+def test_a_dense_mask_is_the_layers_own(monkeypatch, written):
+    monkeypatch.setattr(branches, "SHARE", 0.0)
+    made = ours("llama")
+    trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
+    node_logits(made, trie, trie.last)
+    assert not written
