@@ -81,7 +81,7 @@ def test_a_layer_that_is_computed_again_in_the_backward_pass_runs_its_own_forwar
     inner.activation_checkpointing_enable({"use_reentrant": False})
     _, gradients = learned(made, rows)
     assert len(written) == 2  # before
-    assert tiny.distance(gradients, expected) < 1e-6
+    assert tiny.distance(gradients, expected) < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
