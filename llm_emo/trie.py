@@ -236,7 +236,8 @@ def _visible(
         and config._attn_implementation == attention.NAME
         and getattr(config, "attn_logit_softcapping", None) is None
         and not (inner.training and getattr(config, "attention_dropout", 0))
-        and not _slides(config, query)
+        # Asked of the trie's own depths, which are numbers on every device.
+        and not _slides(config, trie.depth + (len(key) - len(trie)))
         and (pieces := cheapest(trie.exit, trie.nodes)) is not None
         and (pieces.scores <= attention.PLAIN_SCORES or not torch.is_grad_enabled())
     ):

@@ -75,7 +75,8 @@ def test_everything_else_is_left_to_sdpa(reason, monkeypatch):
 def test_every_query_sees_the_prefix_of_its_own_layer():
     query, key, value, mask = _case(4, 4, torch.float32)
     prefix = torch.randn(3, 4, GROUPS, WIDTH)  # (P, 2M, G, D), two layers
-    out, _ = attention._attention(_Layer(), query, key, value, mask, prefix=prefix, scaling=0.3)
+    own = prefix.split(2, 1)
+    out, _ = attention._attention(_Layer(), query, key, value, mask, prefix=own, scaling=0.3)
     longer_key = torch.cat([prefix[:, 2].transpose(0, 1)[None], key], dim=2)
     longer_value = torch.cat([prefix[:, 3].transpose(0, 1)[None], value], dim=2)
     seen = torch.cat([torch.ones(1, 1, 4, 3, dtype=torch.bool), mask], dim=-1)
@@ -89,7 +90,7 @@ def test_a_query_that_sees_nothing_spoils_no_other(prefixed):
     mask[..., 0] = False
     mask[..., :2, :] = False
     mask[..., 2:, 4] = True
-    prefix = torch.randn(3, 4, GROUPS, WIDTH) if prefixed else None
+    prefix = torch.randn(3, 4, GROUPS, WIDTH).split(2, 1) if prefixed else None
     out, _ = attention._attention(_Layer(), *inputs, mask, prefix=prefix, scaling=0.3)
     assert out.isfinite().all()
     if not prefixed:

@@ -269,8 +269,9 @@ def _all(model):
 def test_chatglm2_is_as_large_as_it_is_known_to_be():
     from transformers import AutoConfig
 
-    sizes = {"none": 11.63, "nf4": 3.74, "int8": 6.31}
-    for quantization, gib in sizes.items():
+    # GiB of weights; KiB a token and layer, which are more where PEFT's own LoRA runs in float32
+    sizes = {"none": (11.63, 138), "nf4": (3.74, 177), "int8": (6.31, 177)}
+    for quantization, (gib, kept) in sizes.items():
         drawn = meta.draw(
             AutoConfig.for_model(**CHATGLM2_6B.native_config()),
             tiny.lora(rank=8, target_modules=("q_proj", "k_proj", "v_proj")),
@@ -280,8 +281,7 @@ def test_chatglm2_is_as_large_as_it_is_known_to_be():
         assert drawn.parameters == 6_243_584_000
         assert drawn.learning == 3_784_704
         assert drawn.weights / 2**30 == pytest.approx(gib, abs=0.01)
-        # 193 KiB a token and layer with adapters in float32, 8 with checkpointing
-        for checkpointing, kib in ((False, 193), (True, 8)):
+        for checkpointing, kib in ((False, kept), (True, 8)):
             step = memory.training_step(
                 drawn, one_text(256), "cuda", checkpointing=checkpointing, accumulating=False
             )

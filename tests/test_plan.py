@@ -51,7 +51,7 @@ def test_memory_without_a_number_or_unit_is_refused(text):
     [
         ("mastodon/lora", ()),
         ("mastodon/lora", ("train.micro_batch_size=3", "train.tokens_per_pass=150")),
-        ("friends/lora_dialogue", ("train.micro_batch_size=4", "train.tokens_per_pass=300")),
+        ("friends/lora_dialogue", ("train.micro_batch_size=4", "train.tokens_per_pass=150")),
     ],
 )
 def test_tokens_and_steps_are_those_of_training(tiny_folder, recipe, values):
