@@ -255,7 +255,8 @@ def _slides(config: Any, query: Tensor) -> bool:
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return False
-    return bool(query.max() >= window)
+    # Depths without numbers: a mask is as large with a window as without.
+    return query.is_meta or bool(query.max() >= window)
 
 
 class TrieDecoder:

@@ -108,8 +108,6 @@ def draw(config: Any, method: recipes.Method, *, dtype: torch.dtype, quantizatio
         ModelError: the method does not fit the architecture.
     """
     text = config.get_text_config()
-    if getattr(text, "sliding_window", None) is not None:
-        text.sliding_window = None  # what a window hides changes no size
     if isinstance(method, recipes.PTuningV2):  # what a prefix starts from changes no size, either
         method = method.model_copy(update={"init": "random", "init_text": None})
     ledger = Ledger("meta", int(text.vocab_size))
