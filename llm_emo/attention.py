@@ -24,7 +24,10 @@ from llm_emo.branches import Branches, attend
 NAME = "llm_emo"
 
 PLAIN_SCORES = 1024 * 1024
-"""Queries times keys up to which the scores are kept: 18 MB a layer with nine heads."""
+"""Queries times keys up to which the scores are kept: 18 MB a layer with nine heads in bfloat16."""
+
+PASSING_SCORES = 16 * PLAIN_SCORES
+"""The same where nothing is kept for a backward pass, and one layer's scores live at a time."""
 
 
 def _attention(
@@ -46,6 +49,8 @@ def _attention(
     if prefix is not None:
         both = prefix[int(module.layer_idx)].to(key.dtype)  # type: ignore[arg-type]
     if branches is not None:
+        if kwargs.get("dropout") or kwargs.get("softcap") is not None:
+            raise RuntimeError("attention over pieces has neither dropout nor a cap on scores")
         return attend(query, key, value, branches, both, kwargs.get("scaling")), None
     if both is not None:
         batch = key.shape[0]

@@ -33,9 +33,10 @@ COLUMNS = 32
 class Branches:
     """A trie cut into pieces.
 
-    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their row's
-    first. `place` (N,) says where a node is among the M places. `above` (M, T) and `beside` (M, W)
-    say what a place's query sees of the trunk and of its own row.
+    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their
+    branch's root, or the trunk's last node. `place` (N,) says where a node is among the M places.
+    `above` (M, T) and `beside` (M, W) say what a place's query sees of the trunk and of its own
+    row.
     """
 
     trunk: Tensor

@@ -68,6 +68,8 @@ class _Pass:
     inputs: tuple[tuple[_Linear, ...], ...]
     """The projections by the input they read: q, k, v; o; gate, up; down."""
     cache: tuple[Cache, int] | None
+    learning: bool
+    """Whether there will be a backward pass; inside an autograd function nobody can tell."""
 
 
 def _forward(
@@ -119,6 +121,7 @@ def _forward(
         ),
         tuple(tuple(_linear(layer) for layer in group) for group in inputs),
         None if past_key_values is None else (past_key_values, attention.layer_idx),
+        torch.is_grad_enabled(),
     )
     adapters = [
         part["default"].weight
@@ -139,7 +142,7 @@ def _forward(
 def _is_plain(layer: nn.Module) -> bool:
     if type(layer) is LoraLinear:
         return type(layer.base_layer) is nn.Linear and plain(layer) and _is_plain(layer.base_layer)
-    return type(layer) is nn.Linear and not layer.weight.requires_grad
+    return type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
 
 
 def _linear(layer: Any) -> _Linear:
@@ -165,6 +168,9 @@ class _Layer(torch.autograd.Function):
         attended, saved = pieces.forward(
             q, torch.cat([k, v], 1), before, what.branches, what.attention_scale
         )
+        del q, k, v
+        if not what.learning:  # scores are the largest of all that a layer computes
+            del saved, first
         (middle,), o_low = _project(attended, o, by_input[1])
         middle.add_(x)
 
@@ -175,6 +181,8 @@ class _Layer(torch.autograd.Function):
         (out,), down_low = _project(product, down, by_input[3])
         out.add_(middle)
 
+        if not what.learning:
+            return out
         # An input is kept for the gradients of the adapters that read it only.
         kept = [
             part if group else None

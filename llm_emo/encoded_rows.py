@@ -4,6 +4,7 @@ A file is named after a hash of everything that decides its ids. It is a stream 
 SHA-256 of that; it appears when it is complete, and one that is damaged all the same is made again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,8 +16,9 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 from filelock import FileLock
 
-from llm_emo import encoding, fetch
+from llm_emo import fetch
 from llm_emo.encoding import Encoded, Encoder
+from llm_emo.errors import JobFailed
 from llm_emo.types import Example
 
 LEAST = 3_000_000
@@ -25,6 +27,9 @@ LEAST = 3_000_000
 Of the shipped recipes, those that show whole dialogues have more. Their rows are encoded in 2.5
 (Friends) and 7 seconds (M3ED) and read in about one.
 """
+
+CODE = ("encoded_rows.py", "encoding.py", "types.py")
+"""What turns an example into ids, and ids into a file."""
 
 DIGEST = hashlib.sha256().digest_size
 """Bytes at a file's end: the SHA-256 of all that stands before them."""
@@ -36,15 +41,18 @@ FILES = 16
 def encoded(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
     """Return what `encoder.encode` returns, read from the cache folder where that is faster.
 
-    Two processes that start at once encode once.
+    Two processes that start at once encode once. Without a cache folder nothing is kept.
 
     Raises:
         PromptError: instruction, labels and answer alone exceed the encoder's `max_length`.
-        JobFailed: the cache folder cannot be made.
     """
     if sum(len(example.message.encode("utf-8", "replace")) for example in examples) < LEAST:
         return encoder.encode(examples)
-    path = fetch.cache_dir() / "encoded" / f"{_key(encoder, examples)}.arrow"
+    try:
+        folder = fetch.cache_dir() / "encoded"
+    except JobFailed:
+        return encoder.encode(examples)
+    path = folder / f"{_key(encoder, examples)}.arrow"
     rows: list[Encoded] | None = None
     try:
         path.parent.mkdir(exist_ok=True)
@@ -72,10 +80,11 @@ def _key(encoder: Encoder, examples: Iterable[Example]) -> str:
         "chat_template": str(tokenizer.chat_template),
         "split_special_tokens": str(tokenizer.split_special_tokens),
         "max_length": str(encoder.max_length),
+        "end": str(encoder.end),
         "examples": texts.hexdigest(),
         **{name: metadata.version(name) for name in ("tokenizers", "transformers")},
         # Whoever changes how rows are encoded need not remember this file.
-        "code": fetch.sha256_of(Path(encoding.__file__)),
+        **{name: fetch.sha256_of(Path(__file__).with_name(name)) for name in CODE},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -113,7 +122,8 @@ def _read(path: Path, examples: Sequence[Example]) -> list[Encoded] | None:
     if hashlib.sha256(body).digest() != content[-DIGEST:]:
         return None
     table = pa.ipc.open_stream(body).read_all()
-    os.utime(path)  # used just now
+    with contextlib.suppress(OSError):  # somebody else's file can be read all the same
+        os.utime(path)  # used just now
     return [
         Encoded(example.uid, prompt, answer, dropped)
         for example, prompt, answer, dropped in zip(
@@ -135,7 +145,10 @@ def _tuples(column: pa.ChunkedArray) -> list[tuple[int, ...]]:
 
 def _forget(folder: Path) -> None:
     """Remove the files beyond the newest, and what marks that they were being written."""
-    files = sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in files[FILES:]:
+    used: dict[Path, float] = {}
+    for path in folder.glob("*.arrow"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            used[path] = path.stat().st_mtime
+    for path in sorted(used, key=lambda path: used[path], reverse=True)[FILES:]:
         path.unlink(missing_ok=True)
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)

@@ -349,7 +349,7 @@ class Encoder:
         return {
             # Truncation and padding are the caller's passing wishes, not the tokenizer's nature.
             "tokenizer": _sha256(_without(model, ("truncation", "padding"))),
-            "template": _sha256(json.dumps([list(frame.before), list(frame.behind)])),
+            "template": _sha256(json.dumps([list(frame.before), list(frame.behind), self.end])),
         }
 
 

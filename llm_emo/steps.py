@@ -73,8 +73,8 @@ class Steps(Sampler[list[list[int]]]):
         """Yield the epoch's steps as one process would run them: `batch_size` row numbers each.
 
         A step is filled with dialogues in a drawn order. Where it has no room for one, one of the
-        next few that fits is taken; where none does, the first is cut: the step takes its first
-        turns, and the next step begins with the others.
+        next few that fits is taken; where none does, or the step is empty, the first is cut: the
+        step takes its first turns, and the next step begins with the others.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.units), generator=generator).tolist()
@@ -83,6 +83,8 @@ class Steps(Sampler[list[list[int]]]):
             step: list[int] = []
             while rest and (room := self.settings.batch_size - len(step)):
                 ahead = range(-1, -1 - min(AHEAD, len(rest)), -1)
+                if not step:
+                    ahead = ahead[:1]
                 fitting = next((place for place in ahead if len(rest[place]) <= room), None)
                 if fitting is None:
                     step += rest[-1][:room]

@@ -235,15 +235,21 @@ def _visible(
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
         and getattr(config, "attn_logit_softcapping", None) is None
-        and not (inner.training and getattr(config, "attention_dropout", 0))
+        and not (inner.training and any(getattr(config, name, 0) for name in _DROPOUTS))
+        and getattr(config, "v_head_dim", None) is None  # values of another width than keys
         # Asked of the trie's own depths, which are numbers on every device.
         and not _slides(config, trie.depth + (len(key) - len(trie)))
         and (pieces := cheapest(trie.exit, trie.nodes)) is not None
-        and (pieces.scores <= attention.PLAIN_SCORES or not torch.is_grad_enabled())
+        and pieces.scores
+        <= (attention.PLAIN_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
         return {"attention_mask": unread, "branches": pieces.to(allowed.device)}
     return {"attention_mask": masks_for(model, allowed, query, key)}
+
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What configs call dropout inside attention."""
 
 
 def _in_pieces(device: torch.device) -> bool:
@@ -312,7 +318,7 @@ class TrieDecoder:
 
 @torch.inference_mode()
 def verify(model: nn.Module) -> float:
-    """Run two short sequences through a trie and alone; return the largest relative difference.
+    """Run four short sequences through a trie and alone; return the largest relative difference.
 
     Some architectures ignore `position_ids` or a prepared 4-D mask (ALiBi, recurrent layers).
     They would train on wrong states without a word, so every model is asked once.
@@ -322,8 +328,9 @@ def verify(model: nn.Module) -> float:
     """
     model.eval()
     size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    ids = [(7 * i + 3) % size for i in range(9)]
-    sequences = [ids, [*ids[:4], *ids[6:2:-1]]]
+    ids = [(7 * i + 3) % size for i in range(24)]
+    # Four tokens, and four branches of five: enough to be cut in pieces where passes are.
+    sequences = [ids[:4] + ids[start : start + 5] for start in range(4, 24, 5)]
     trie = TokenTrie.build(sequences)
     together = node_logits(model, trie, trie.last).float()
     differences = []

@@ -110,11 +110,13 @@ def test_layers_written_out_leave_the_same_cache(architecture, method, written):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward():
+def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward(written):
     rows = tiny.encoded(9, shared=9)
     _, exact = learned(ours("llama"), rows)
     made = ours("llama", dtype=torch.bfloat16)
+    written.clear()
     _, found = learned(made, rows)
+    assert len(written) == 2
     as_they_were(made)
     _, usual = learned(made, rows)
     assert found.dtype == torch.float32

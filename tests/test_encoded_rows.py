@@ -96,6 +96,26 @@ def test_whatever_changes_ids_has_a_file_of_its_own(change, examples, folder, ca
     assert len(files(folder)) == 2
 
 
+def test_another_end_has_a_file_of_its_own(folder):
+    def without_template():
+        made = encoder()
+        made.tokenizer.chat_template = None
+        return made
+
+    encoded(without_template(), EXAMPLES)
+    other = without_template()
+    other.tokenizer.eos_token = tiny.CONTROL[0]
+    assert other.end != without_template().end
+    assert encoded(other, EXAMPLES) == other.encode(EXAMPLES)
+    assert len(files(folder)) == 2
+
+
+def test_without_a_cache_folder_rows_are_encoded(calls, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "file"))
+    assert encoded(encoder(), EXAMPLES) == encoder().encode(EXAMPLES)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 

@@ -44,6 +44,19 @@ def flat(step):
     return [row for own in step for row in own]
 
 
+def test_a_dialogue_longer_than_a_step_fills_whole_steps_first():
+    groups = grouped([25, 3, 2, 4, 6, 2, 5, 1])
+    long = groups[0]
+    for seed in range(20):
+        drawn = list(made(48, size=10, groups=groups, seed=seed).drawn())
+        cut = [[row for row in step if row in long] for step in drawn]
+        pieces = [rows for rows in cut if rows]
+        assert list(itertools.chain(*pieces)) == long
+        assert len(pieces) <= 4  # what was left of a step, two whole ones, the rest
+        begun = [step[0] in long for step in drawn]
+        assert sum(begun) >= len(pieces) - 1  # all but the first piece begin their step
+
+
 # --- which rows meet ---------------------------------------------------------------------------
 
 

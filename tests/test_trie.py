@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_emo import attention, branches
 from llm_emo.errors import ModelError
 from llm_emo.trie import TokenTrie, TrieDecoder, masks_for, node_logits, verify
 
@@ -235,6 +236,17 @@ def test_verify_refuses_a_model_that_ignores_mask_or_positions(architecture, ign
     monkeypatch.setattr(model, "forward", deaf)
     with pytest.raises(ModelError, match=model.config.model_type):
         verify(model)
+
+
+def test_verify_asks_about_pieces_where_passes_are_cut(monkeypatch):
+    calls, forward = [], branches.forward
+    monkeypatch.setattr(branches, "forward", lambda *given: calls.append(1) or forward(*given))
+    model = tiny.model("qwen3")
+    assert verify(model) < 1e-5
+    assert not calls
+    model.set_attn_implementation(attention.NAME)
+    assert verify(model) < 1e-5
+    assert len(calls) == 2  # one a layer
 
 
 def test_verify_refuses_states_that_are_not_numbers():

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from llm_emo import attention, recipes
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, ModelError, nearest
-from llm_emo.models import bundled, quantised, weights
+from llm_emo.models import bundled, weights
 
 # Of the config, what a user may change without changing the function that is computed.
 _VOLATILE = (
@@ -168,6 +168,8 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
     if not sys.stderr.isatty():  # in a log file a bar is noise
         logging.disable_progress_bar()
     if spec.quantization != "none":
+        from llm_emo.models import quantised  # bitsandbytes takes a second to import
+
         arguments["quantization_config"] = quantised.config(spec.quantization, dtype)
     tokenizer = load_tokenizer(spec)
     with _explained(spec):
@@ -187,7 +189,8 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
             f"{spec.name}: its checkpoint lacks {len(info['missing_keys'])} of the model's "
             f"tensors, such as {min(info['missing_keys'])}; is it complete?"
         )
-    quantised.settle(model)
+    if spec.quantization != "none":
+        quantised.settle(model)
     files = weight_files(spec, getattr(model.config, "_commit_hash", None))
     return Base(model, tokenizer, spec.name, spec.revision, hash_weights(model, files))
 
