@@ -35,7 +35,6 @@ from llm_emo.baselines.acoustic import (
     Transformer,
     mean_over_time,
     positions,
-    within,
 )
 from llm_emo.baselines.audio import MELS
 from llm_emo.baselines.speech_settings import CatSettings
@@ -45,6 +44,7 @@ class Shorten(nn.Module):
     """A convolution over time whose windows stand side by side, and a ReLU.
 
     Frames at the end that fill no window fall away; a clip shorter than one window is padded.
+    Steps beyond a row's own are whatever they are: the LSTM after it does not read them.
     """
 
     def __init__(self, mels: int, filters: int, window: int) -> None:
@@ -58,8 +58,7 @@ class Shorten(nn.Module):
         if missing > 0:
             x = nn.functional.pad(x, (0, 0, 0, missing))
         steps = lengths.clamp(min=self.window) // self.window
-        x = torch.relu(self.convolution(x.transpose(1, 2))).transpose(1, 2)
-        return x * within(steps, x.shape[1])[..., None], steps
+        return torch.relu(self.convolution(x.transpose(1, 2))).transpose(1, 2), steps
 
 
 class Cat(nn.Module):

@@ -265,6 +265,23 @@ def test_one_way_cats_are_cat_with_the_other_transformer_at_zero():
     torch.testing.assert_close(total + cat.classify.bias, cat(*rows), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "context"), [("CAT, CNN to LSTM", "lstm"), ("CAT, LSTM to CNN", "cnn")]
+)
+def test_a_way_without_its_attention_hears_its_queries_alone(name, context):
+    made, rows = network(name).eval(), batch(clips(90, 37))
+    way = made.cnn_to_lstm if context == "lstm" else made.lstm_to_cnn
+    intact = made(*rows)
+    with torch.no_grad():
+        way.layers[0].attention.out_proj.weight.zero_()
+    deaf = made(*rows)
+    assert not torch.allclose(deaf, intact, atol=1e-4)
+    with torch.no_grad():
+        for parameter in getattr(made, context).parameters():
+            parameter.mul_(3)
+    assert torch.equal(made(*rows), deaf)
+
+
 # Blocks
 
 
