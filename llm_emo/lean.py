@@ -63,8 +63,8 @@ class _RMSNorm(torch.autograd.Function):
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return w * x / rms(x), and 1 / rms(x), of shape (..., 1) in float32."""
     y = x.float()
-    scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    scale = scale.square_().mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+    # In float32 the very operations of transformers, so that not a bit differs.
+    scale = y.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     # In float32 `y` is `x` itself, which others still read.
     y = y * scale if y is x else y.mul_(scale)
     return y.mul_(weight).to(x.dtype), scale

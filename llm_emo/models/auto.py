@@ -168,7 +168,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
     if not sys.stderr.isatty():  # in a log file a bar is noise
         logging.disable_progress_bar()
     if spec.quantization != "none":
-        from llm_emo.models import quantised  # bitsandbytes takes a second to import
+        from llm_emo.models import quantised
 
         arguments["quantization_config"] = quantised.config(spec.quantization, dtype)
     tokenizer = load_tokenizer(spec)
@@ -189,7 +189,9 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
             f"{spec.name}: its checkpoint lacks {len(info['missing_keys'])} of the model's "
             f"tensors, such as {min(info['missing_keys'])}; is it complete?"
         )
-    if spec.quantization != "none":
+    if getattr(model, "hf_quantizer", None) is not None:  # asked for, or stored so
+        from llm_emo.models import quantised  # bitsandbytes takes a second to import
+
         quantised.settle(model)
     files = weight_files(spec, getattr(model.config, "_commit_hash", None))
     return Base(model, tokenizer, spec.name, spec.revision, hash_weights(model, files))
