@@ -399,6 +399,8 @@ def test_ctrl_c_ends_training_with_a_message_that_says_how_to_continue(tiny_fold
     process = subprocess.Popen(
         list(map(str, command)), cwd=program.ROOT, env=program.clean(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests that were started in the background ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(Path(run).glob("checkpoints/checkpoint-*")) and time.monotonic() < deadline:
