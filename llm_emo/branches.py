@@ -26,7 +26,7 @@ WIDTHS = 48
 """How many widths are tried; of more, evenly spaced ones."""
 
 COLUMNS = 32
-"""Columns are filled up to a multiple of this: softmax takes twice as long over a ragged end."""
+"""Columns are filled up to a multiple of this: softmax in bfloat16 is slow over a ragged end."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A decoder layer of Llama's form over a trie in pieces, as one autograd function.
 
-At a few hundred distinct tokens the products of a layer take 15 ms on two cores, and going through
-its modules, casts, additions and some hundred autograd nodes takes half as long again. Written out,
-forward and backward, a layer is its products and little else: gradients of one input are added up
-by the products themselves, the adapters of projections that read one input are one product, and
+At a few hundred distinct tokens on two cores, going through a layer's modules, casts, additions and
+some hundred autograd nodes is a large share of a step. Written out, forward and backward, a layer
+is its products and little else: gradients of one input are added up by the products themselves,
+the adapters of projections that read one input are one product, and
 norms and rotary embeddings take few passes over memory.
 
 It serves passes with `branches` (see there; those of this program on a CPU) through layers whose

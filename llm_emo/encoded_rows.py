@@ -22,10 +22,9 @@ from llm_emo.errors import JobFailed
 from llm_emo.types import Example
 
 LEAST = 3_000_000
-"""Bytes of messages from which on rows are kept: two seconds' work of one core.
+"""Bytes of messages from which on rows are kept: below, reading them back would save no second.
 
-Of the shipped recipes, those that show whole dialogues have more. Their rows are encoded in 2.5
-(Friends) and 7 seconds (M3ED) and read in about one.
+Of the shipped recipes, those that show whole dialogues have more.
 """
 
 CODE = ("encoded_rows.py", "encoding.py", "types.py")

@@ -1,7 +1,7 @@
 """Layers of transformers and PEFT in fewer passes over memory, computing the same.
 
-Next to a frozen base, a step at 400 distinct tokens spends half its time outside matrix products.
-Two layers cost most of what can be saved without touching an architecture:
+Next to a frozen base, a step of a few hundred distinct tokens spends much of its time outside
+matrix products. Two layers cost most of what can be saved without touching an architecture:
 
 - RMSNorm, written in eight operations whose float32 intermediates are kept for the backward pass;
   here one autograd function keeps the input and a number per token.
