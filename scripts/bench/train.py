@@ -73,6 +73,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--check", action="store_true",
         help="with --side: do not train, compute the first batch's loss in float32",
     )  # fmt: skip
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="compare nothing: print where the time of this program's step goes, by operation",
+    )  # fmt: skip
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.peers is not None:
@@ -203,6 +207,27 @@ def measure(given: argparse.Namespace) -> Result:
     }
 
 
+def profile(given: argparse.Namespace) -> str:
+    """Return the operations of a forward and a backward pass of this program, largest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from llm_emo.training import answer_loss, collate
+
+    _, labeller, steps = prepared(given)
+    model = labeller.model.train()
+    activities = [ProfilerActivity.CPU]
+    if labeller.base.model.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    for step in steps[:WARM_UP]:
+        answer_loss(model, collate(step)).backward()
+    with profiler(activities=activities) as found:
+        for step in steps[WARM_UP:]:
+            answer_loss(model, collate(step)).backward()
+    table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+    return f"{given.recipe}: {len(steps) - WARM_UP} steps in {labeller.base.dtype}\n{table}"
+
+
 def limits(side: str, model: Any, recipe: Any, steps: trainers.Steps) -> dict[str, Any] | None:
     """Count the operations of the timed steps, and measure the rate at the median step's shapes.
 
@@ -325,6 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
 
     def body() -> None:
+        if given.profile:
+            print(profile(given))
+            return
         if given.side:
             print(json.dumps(measure(given)))
             return
