@@ -15,6 +15,7 @@ from llm_emo import branches
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError, RunError
 from llm_emo.inference import score
+from llm_emo.steps import Steps
 from llm_emo.training import answer_loss, collate
 
 bench = load("train")
@@ -104,22 +105,35 @@ def test_what_a_padded_batch_trains_is_read_from_its_labels():
     assert trainers.tokens_in(batch) == 8
 
 
-def test_rows_are_drawn_by_the_seed_and_never_twice():
-    first, again, other = (trainers.drawn(range(100), 8, 5, seed) for seed in (0, 0, 1))
-    assert first == again != other
-    assert [len(step) for step in first] == [8] * 5
-    assert len({row for step in first for row in step}) == 40
-    with pytest.raises(RunError, match=r"104 rows are wanted, but train has 100"):
-        trainers.drawn(range(100), 8, 13, 0)
+def test_the_steps_are_the_first_that_the_program_itself_would_train():
+    rows = tiny.encoded(50)
+    section = tiny.train(batch_size=8, micro_batch_size=8)
+    dialogues = [list(range(start, min(start + 3, 50))) for start in range(0, 50, 3)]
+    found = []
+    for together, epoch in itertools.product((None, dialogues), (0, 1)):
+        sampler = Steps(rows, section, seed=4, dialogues=together)
+        sampler.set_epoch(epoch)
+        own = [[rows[row] for part in step for row in part] for step in sampler]
+        found.append(trainers.drawn(rows, section, 5, 4, together, epoch=epoch))
+        assert found[-1] == own[:5]
+        assert [len(step) for step in found[-1]] == [8] * 5
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+    assert trainers.drawn(rows, section, 5, 3, None) != found[0]
+    with pytest.raises(RunError, match=r"56 rows are wanted, but train has 50"):
+        trainers.drawn(rows, section, 7, 0, None)
 
 
-def test_steps_of_dialogues_hold_neighbouring_turns_of_as_few_dialogues_as_they_can():
-    groups = [f"d{row // 5}" for row in range(100)]
-    first, again, other = (trainers.drawn(range(100), 10, 6, seed, groups) for seed in (0, 0, 1))
-    assert first == again != other
-    for step in first:
-        assert len({groups[row] for row in step}) == 2
-        assert sum(b == a + 1 for a, b in itertools.pairwise(step)) >= 8
+@pytest.mark.parametrize(
+    ("options", "batch_by"),
+    [
+        (["--recipe", "friends/lora_dialogue"], "dialogue"),
+        (["--recipe", "friends/lora_dialogue", "--by", "row"], "row"),
+        (["--recipe", "friends/lora"], "row"),
+        (["--recipe", "friends/lora", "--by", "dialogue"], "dialogue"),
+    ],
+)
+def test_a_step_is_filled_as_the_recipe_says_unless_another_way_is_asked_for(options, batch_by):
+    assert bench.recipe_of(bench.arguments(options)).train.batch_by == batch_by
 
 
 def test_a_row_longer_than_what_the_original_pads_to_is_refused(tmp_path):

@@ -104,6 +104,7 @@ def measure(given: argparse.Namespace) -> Result:
     from llm_emo.errors import JobFailed, RecipeError
     from llm_emo.experiment import Experiment, data_root
     from llm_emo.labelling import open_labeller
+    from llm_emo.steps import dialogues_of
 
     recipe = recipes.load(given.recipe, given.overrides)
     if recipe.train is None:
@@ -114,19 +115,18 @@ def measure(given: argparse.Namespace) -> Result:
     settings = recipes.load(given.recipe, [*given.overrides, *whole]).train
     experiment = Experiment.prepare(recipe, data_root(given.data_root))
     labeller = open_labeller(experiment)
-    train, dev = experiment.rows("train"), experiment.examples("dev")
-    encoded = labeller.encoder.encode(experiment.render(train))
-    groups = None
-    if recipe.prompt.history_window != 0:
-        groups = [row.utterance.dialogue or row.utterance.uid for row in train]
+    dev = experiment.examples("dev")
+    encoded = labeller.encoder.encode(experiment.examples("train"))
+    dialogues = dialogues_of(experiment)
     # One epoch of all epochs' steps: the learning rate falls over all of them.
     steps = [
         step
         for epoch in range(epochs)
         for step in trainers.drawn(
-            encoded, size, len(encoded) // size, 1000 * (given.seed + given.round) + epoch, groups
+            encoded, settings, len(encoded) // size, given.seed + given.round, dialogues,
+            epoch=epoch,
         )
-    ]
+    ]  # fmt: skip
 
     def score() -> float:
         model = labeller.model

@@ -63,7 +63,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--by", choices=("row", "dialogue"),
-        help="what a step is filled with (default: dialogue where the prompt shows history)",
+        help="what a step is filled with (default: what the recipe's train.batch_by says)",
     )  # fmt: skip
     harness.add_common(parser)
     parser.add_argument(
@@ -97,7 +97,9 @@ def recipe_of(given: argparse.Namespace) -> Any:
     from llm_emo.errors import RecipeError
 
     sizes = (f"train.{key}={given.batch_size}" for key in ("batch_size", "micro_batch_size"))
-    fixed = ("train.epochs=1", "train.gradient_checkpointing=false")
+    fixed = ["train.epochs=1", "train.gradient_checkpointing=false"]
+    if given.by:
+        fixed.append(f"train.batch_by={given.by}")
     dtype = ("model.dtype=float32",) if given.check else ()
     recipe = recipes.load(given.recipe, [*given.overrides, *sizes, *fixed, *dtype])
     kind = recipe.method.kind
@@ -130,26 +132,18 @@ def peers_for(given: argparse.Namespace, kind: str) -> list[str]:
     return list(peers)
 
 
-def by_dialogue(given: argparse.Namespace, recipe: Any) -> bool:
-    """Whether steps are filled with dialogues."""
-    return (given.by or ("row" if recipe.prompt.history_window == 0 else "dialogue")) == "dialogue"
-
-
 def prepared(given: argparse.Namespace) -> tuple[Any, Any, trainers.Steps]:
     """Return the recipe, its labeller and the steps of rows that this round trains."""
     from llm_emo.experiment import Experiment, data_root
     from llm_emo.labelling import open_labeller
+    from llm_emo.steps import dialogues_of
 
     recipe = recipe_of(given)
     experiment = Experiment.prepare(recipe, data_root(given.data_root))
     labeller = open_labeller(experiment)
-    rows = experiment.rows("train")
-    groups = None
-    if by_dialogue(given, recipe):
-        groups = [row.utterance.dialogue or row.utterance.uid for row in rows]
     steps = trainers.drawn(
-        labeller.encoder.encode(experiment.render(rows)),
-        given.batch_size, WARM_UP + given.steps, given.seed + given.round, groups,
+        labeller.encoder.encode(experiment.examples("train")), recipe.train,
+        WARM_UP + given.steps, given.seed + given.round, dialogues_of(experiment),
     )  # fmt: skip
     return recipe, labeller, steps
 

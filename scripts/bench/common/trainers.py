@@ -8,7 +8,6 @@ that this program gives to transformers.
 import hashlib
 import importlib.util
 import itertools
-import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,40 +35,33 @@ Steps = Sequence[Sequence[Any]]
 
 
 def drawn(
-    rows: Sequence[Any], batch_size: int, steps: int, seed: int, groups: Sequence[str] | None = None
+    rows: Sequence[Any], settings: Any, steps: int, seed: int, dialogues: Any, *, epoch: int = 0
 ) -> list[list[Any]]:
-    """Draw `steps` steps of `batch_size` rows; no row twice.
+    """Return an epoch's first steps, all of them full, as this program's own training draws them.
 
     Args:
         rows: All rows.
-        batch_size: Rows of a step.
+        settings: The recipe's training section.
         steps: How many steps.
         seed: Which rows, in which order.
-        groups: The dialogue of each row. Where it is given, a step holds whole dialogues as far
-            as its size allows, in an order drawn by the seed; else each row is drawn by itself.
+        dialogues: The numbers of the rows that stay together, as `llm_emo.steps` finds them.
+        epoch: With the seed, it decides the order.
 
     Raises:
         RunError: there are not so many rows.
     """
     from llm_emo.errors import RunError
+    from llm_emo.steps import Steps
 
-    count = batch_size * steps
+    count = settings.batch_size * steps
     if count > len(rows):
         raise RunError(
             f"{count} rows are wanted, but train has {len(rows)}; take fewer --steps, or a "
             "smaller --batch-size"
         )
-    random_ = random.Random(seed)
-    if groups is None:
-        order = random_.sample(rows, count)
-    else:
-        members: dict[str, list[Any]] = {}
-        for row, group in zip(rows, groups, strict=True):
-            members.setdefault(group, []).append(row)
-        names = list(members)
-        random_.shuffle(names)
-        order = [row for name in names for row in members[name]][:count]
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    sampler = Steps(rows, settings, seed=seed, dialogues=dialogues)
+    sampler.set_epoch(epoch)
+    return [[rows[row] for row in step] for step in itertools.islice(sampler.drawn(), steps)]
 
 
 class FixedSteps:
