@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_emo import datasets, prompts, protocols
-from llm_emo.errors import ProtocolError
+from llm_emo.errors import ProtocolError, RecipeError
 from llm_emo.labels import LabelSet
 from llm_emo.prompts import Prompt
 from llm_emo.protocols import Protocol, Splits
@@ -122,3 +122,34 @@ class Experiment:
             "answers": self.answers,
             "aliases": dict(self.labels.aliases),
         }
+
+
+def dialogues(rows: Sequence[Row]) -> list[list[int]]:
+    """Return the row numbers of every dialogue, in the order of its turns.
+
+    A row without a dialogue is one by itself.
+    """
+    found: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        found.setdefault(row.utterance.dialogue or row.utterance.uid, []).append(number)
+    return [
+        sorted(turns, key=lambda row: rows[row].utterance.turn or 0) for turns in found.values()
+    ]
+
+
+def dialogues_of(experiment: Experiment) -> list[list[int]] | None:
+    """Return the dialogues of a recipe's training rows; None where it batches by row.
+
+    Raises:
+        RecipeError: it batches by dialogue, and the corpus has none.
+    """
+    settings = experiment.recipe.train
+    if settings is None or settings.batch_by == "row":
+        return None
+    rows = experiment.rows("train")
+    if all(row.utterance.dialogue is None for row in rows):
+        raise RecipeError(
+            f"train.batch_by: dialogue, but the rows of {experiment.recipe.data.dataset} belong to "
+            "no dialogues; set train.batch_by=row"
+        )
+    return dialogues(rows)

@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import Sampler
 
 from llm_emo.encoding import Encoded
-from llm_emo.errors import RecipeError
-from llm_emo.experiment import Experiment
+from llm_emo.experiment import dialogues, dialogues_of
 from llm_emo.inference import passes
 from llm_emo.recipes import Train
-from llm_emo.types import Row
+
+__all__ = ["AHEAD", "Steps", "dialogues", "dialogues_of", "sequence"]
 
 AHEAD = 8
 """Dialogues that are looked at for one that a step still has room for.
@@ -114,34 +114,3 @@ class Steps(Sampler[list[list[int]]]):
 def sequence(row: Encoded) -> tuple[int, ...]:
     """Return what a model reads of a row: its last token is predicted, never read."""
     return row.prompt + row.answer[:-1]
-
-
-def dialogues(rows: Sequence[Row]) -> list[list[int]]:
-    """Return the row numbers of every dialogue, in the order of its turns.
-
-    A row without a dialogue is one by itself.
-    """
-    found: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        found.setdefault(row.utterance.dialogue or row.utterance.uid, []).append(number)
-    return [
-        sorted(turns, key=lambda row: rows[row].utterance.turn or 0) for turns in found.values()
-    ]
-
-
-def dialogues_of(experiment: Experiment) -> list[list[int]] | None:
-    """Return the dialogues of a recipe's training rows; None where it batches by row.
-
-    Raises:
-        RecipeError: it batches by dialogue, and the corpus has none.
-    """
-    settings = experiment.recipe.train
-    if settings is None or settings.batch_by == "row":
-        return None
-    rows = experiment.rows("train")
-    if all(row.utterance.dialogue is None for row in rows):
-        raise RecipeError(
-            f"train.batch_by: dialogue, but the rows of {experiment.recipe.data.dataset} belong to "
-            "no dialogues; set train.batch_by=row"
-        )
-    return dialogues(rows)
