@@ -67,7 +67,7 @@ class Experiment:
             )
         prompt = prompt or prompts.load(recipe.prompt.name)
         labels = prompts.label_set(protocol.labels, prompt.language)
-        corpus = datasets.load(data.dataset, root, hub=data.hub)
+        corpus = datasets.read(data.dataset, root, hub=data.hub)
         splits = protocols.rows(
             protocol, corpus, seed=recipe.seed, fold=data.fold, dev_fraction=data.dev_fraction
         )
@@ -129,9 +129,12 @@ def dialogues(rows: Sequence[Row]) -> list[list[int]]:
 
     A row without a dialogue is one by itself.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(rows):
-        found.setdefault(row.utterance.dialogue or row.utterance.uid, []).append(number)
+        dialogue, uid = row.utterance.dialogue, row.utterance.uid
+        # Tagged, because a dialogue may be called like another's row.
+        key = ("dialogue", dialogue) if dialogue else ("row", uid)
+        found.setdefault(key, []).append(number)
     return [
         sorted(turns, key=lambda row: rows[row].utterance.turn or 0) for turns in found.values()
     ]

@@ -8,7 +8,7 @@ rows under one of them and records how.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from llm_emo import datasets, grouping
 from llm_emo.datasets.base import ALL
@@ -32,9 +32,6 @@ from llm_emo.gold import (
     sign,
 )
 from llm_emo.types import SPLITS, Row, Split, Utterance
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 Partition = Literal["official", "speakers", "sessions", "fifth session", "documents"]
 """Where the test split comes from: the corpus, or which units are held out."""
@@ -163,13 +160,13 @@ def require_comparable(a: str, b: str) -> None:
 
 def rows(
     protocol: Protocol,
-    corpus: "DatasetDict",
+    corpus: Mapping[str, Sequence[Utterance]],
     *,
     seed: int,
     fold: int | None = None,
     dev_fraction: float = 0.1,
 ) -> Splits:
-    """Return the train, dev and test rows of `protocol` out of what `datasets.load` gives.
+    """Return the train, dev and test rows of `protocol` out of what `datasets.read` gives.
 
     Where the corpus has no dev split, one is made from train: whole dialogues (else
     speakers, else rows), with about `dev_fraction` of every label. A split that is absent
@@ -188,7 +185,7 @@ def rows(
     """
     if not 0 < dev_fraction < 1:
         raise ProtocolError(f"dev_fraction: found {dev_fraction}; expected between 0 and 1")
-    parts = {name: datasets.utterances(part) for name, part in corpus.items()}
+    parts = {name: list(part) for name, part in corpus.items()}
     how: dict[str, str] = {
         split: f"the corpus's {split} split" if split in parts else f"no {split} split was found"
         for split in SPLITS

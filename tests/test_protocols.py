@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_emo import datasets, gold, protocols
-from llm_emo.datasets.table import to_dataset_dict
 from llm_emo.errors import ProtocolError
 from llm_emo.metrics import METRICS
 from llm_emo.types import SPLITS, Row, Utterance
@@ -147,7 +146,7 @@ def test_friends7_drops_non_neutral_and_friends4_more():
 
 
 def test_ascii_protocols_drop_test_sentences_only(fixtures):
-    loaded = datasets.load("sst", fixtures)
+    loaded = datasets.read("sst", fixtures)
     full = protocols.rows(protocols.get("sst5"), loaded, seed=0)
     narrow = protocols.rows(protocols.get("sst5-ascii"), loaded, seed=0)
     assert narrow.train == full.train
@@ -158,24 +157,24 @@ def test_ascii_protocols_drop_test_sentences_only(fixtures):
 
 
 def test_rows_left_out_stay_in_the_history(fixtures):
-    splits = protocols.rows(protocols.get("friends7"), datasets.load("friends", fixtures), seed=0)
+    splits = protocols.rows(protocols.get("friends7"), datasets.read("friends", fixtures), seed=0)
     row = next(row for row in splits.test if row.utterance.uid == "test/1/2")
     assert [turn.label for turn in row.history] == ["joy", "non-neutral"]
 
 
 def test_made_dev_split_takes_whole_dialogues_and_is_recorded(fixtures):
-    loaded = datasets.load("mastodon", fixtures)
+    loaded = datasets.read("mastodon", fixtures)
     protocol = protocols.get("mastodon3")
     splits = protocols.rows(protocol, loaded, seed=5, dev_fraction=0.3)
     dialogues = [{row.utterance.dialogue for row in part} for part in (splits.train, splits.dev)]
     assert not dialogues[0] & dialogues[1]
-    assert len(splits.train) + len(splits.dev) == loaded["train"].num_rows
+    assert len(splits.train) + len(splits.dev) == len(loaded["train"])
     assert "by dialogue, fraction 0.3, seed 5" in splits.record["how"]["dev"]
     assert splits.record["seed"] == 5
 
 
 def test_seed_changes_the_made_dev_split(fixtures):
-    loaded = datasets.load("mastodon", fixtures)
+    loaded = datasets.read("mastodon", fixtures)
     protocol = protocols.get("mastodon3")
     digests = {
         protocols.rows(protocol, loaded, seed=seed).record["uids_sha256"]["dev"]
@@ -185,14 +184,14 @@ def test_seed_changes_the_made_dev_split(fixtures):
 
 
 def test_corpus_with_a_dev_split_ignores_the_seed(fixtures):
-    loaded = datasets.load("friends", fixtures)
+    loaded = datasets.read("friends", fixtures)
     one, two = (protocols.rows(protocols.get("friends7"), loaded, seed=s) for s in (0, 1))
     assert one.train == two.train
     assert one.dev == two.dev
 
 
 def test_split_that_is_absent_is_an_error_only_when_asked_for(fixtures):
-    loaded = datasets.load("meld", fixtures, splits=["train", "dev"])
+    loaded = datasets.read("meld", fixtures, splits=["train", "dev"])
     splits = protocols.rows(protocols.get("meld7"), loaded, seed=0)
     assert splits.get("dev")
     with pytest.raises(ProtocolError, match=r"meld7: empty split 'test'.*test_sent_emo.csv"):
@@ -201,7 +200,7 @@ def test_split_that_is_absent_is_an_error_only_when_asked_for(fixtures):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_dev_fraction_must_be_a_fraction(fixtures, fraction):
-    loaded = datasets.load("mastodon", fixtures)
+    loaded = datasets.read("mastodon", fixtures)
     with pytest.raises(ProtocolError, match="dev_fraction"):
         protocols.rows(protocols.get("mastodon3"), loaded, seed=0, dev_fraction=fraction)
 
@@ -210,7 +209,7 @@ def test_dev_fraction_must_be_a_fraction(fixtures, fraction):
 
 
 def test_iemocap4_holds_out_a_session_and_selects_on_other_speakers(fixtures):
-    loaded = datasets.load("iemocap", fixtures)
+    loaded = datasets.read("iemocap", fixtures)
     protocol = protocols.get("iemocap4")
     for fold in range(5):
         splits = protocols.rows(protocol, loaded, seed=0, fold=fold)
@@ -222,7 +221,7 @@ def test_iemocap4_holds_out_a_session_and_selects_on_other_speakers(fixtures):
 
 
 def test_iemocap6_tests_on_the_fifth_session(fixtures):
-    splits = protocols.rows(protocols.get("iemocap6"), datasets.load("iemocap", fixtures), seed=0)
+    splits = protocols.rows(protocols.get("iemocap6"), datasets.read("iemocap", fixtures), seed=0)
     assert {row.utterance.uid[:5] for row in splits.test} == {"Ses05"}
     assert {row.utterance.uid[:5] for row in splits.train + splits.dev} == {
         "Ses01",
@@ -234,7 +233,7 @@ def test_iemocap6_tests_on_the_fifth_session(fixtures):
 
 @pytest.mark.parametrize("fold", [None, -1, 4, 99])
 def test_emodb4_needs_a_fold_that_exists(fixtures, fold):
-    loaded = datasets.load("emodb", fixtures)
+    loaded = datasets.read("emodb", fixtures)
     with pytest.raises(ProtocolError, match=r"expected 0 to 3.*03, 08, 09, 11"):
         protocols.rows(protocols.get("emodb4"), loaded, seed=0, fold=fold)
 
@@ -242,23 +241,22 @@ def test_emodb4_needs_a_fold_that_exists(fixtures, fold):
 @pytest.mark.parametrize("name", ["friends7", "iemocap6", "vader3"])
 def test_fold_is_refused_where_there_are_none(fixtures, name):
     protocol = protocols.get(name)
-    loaded = datasets.load(protocol.dataset, fixtures)
+    loaded = datasets.read(protocol.dataset, fixtures)
     with pytest.raises(ProtocolError, match="no folds"):
         protocols.rows(protocol, loaded, seed=0, fold=0)
 
 
 def test_two_speakers_are_too_few_for_three_splits():
     rows = [Utterance(f"0{n}a01Wa", "a01", speaker=f"0{n}", label="W") for n in (1, 2)]
-    loaded = to_dataset_dict("emodb", {"all": rows})
     with pytest.raises(ProtocolError, match="at least three"):
-        protocols.rows(protocols.get("emodb4"), loaded, seed=0, fold=0)
+        protocols.rows(protocols.get("emodb4"), {"all": rows}, seed=0, fold=0)
 
 
 # Repeated texts
 
 
 def test_repeated_tweets_are_never_parted(fixtures):
-    loaded = datasets.load("vader", fixtures)
+    loaded = datasets.read("vader", fixtures)
     for seed in range(6):
         splits = protocols.rows(protocols.get("vader3"), loaded, seed=seed)
         texts = [{r.utterance.text.casefold() for r in splits.get(split)} for split in SPLITS]
@@ -266,7 +264,7 @@ def test_repeated_tweets_are_never_parted(fixtures):
 
 
 def test_leaks_are_reported_with_their_labels_and_nothing_is_removed(fixtures):
-    splits = protocols.rows(protocols.get("sst5"), datasets.load("sst", fixtures), seed=0)
+    splits = protocols.rows(protocols.get("sst5"), datasets.read("sst", fixtures), seed=0)
     assert protocols.leaks(splits.train, splits.test) == [
         {"test": "test/2", "train": ["train/2"], "same_label": True}
     ]

@@ -22,7 +22,7 @@ def document(name="mastodon/lora"):
 
 @lru_cache
 def fixture(dataset):
-    return datasets.load(dataset, Path(__file__).parent / "fixtures")
+    return datasets.read(dataset, Path(__file__).parent / "fixtures")
 
 
 def refusal(path, *overrides):

@@ -2,6 +2,7 @@
 
     corpora = llm_emo.datasets.load("mastodon", Path("data"))   # a datasets.DatasetDict
     corpora["test"].features                                     # FEATURES of table.py
+    parts = llm_emo.datasets.read("mastodon", Path("data"))     # the same rows, as utterances
 
 A module that holds a `CORPUS` is a corpus; there is no other list of them.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_emo.datasets.base import ALL, Corpus, Layout
+from llm_emo.datasets.base import ALL, Corpus, Layout, require_whole
 from llm_emo.errors import DatasetError, nearest
 from llm_emo.types import Split, Utterance
 
@@ -61,6 +62,22 @@ def load(
 ) -> DatasetDict:
     """Return a corpus as a `datasets.DatasetDict` with the features of `table.FEATURES`.
 
+    Takes and raises what `read` does.
+    """
+    from llm_emo.datasets.table import to_dataset_dict
+
+    return to_dataset_dict(name, _parts(name, root, hub, splits))
+
+
+def read(
+    name: str,
+    root: Path | None,
+    *,
+    hub: str | None = None,
+    splits: Sequence[Split] | None = None,
+) -> dict[str, list[Utterance]]:
+    """Return the utterances of a corpus by split.
+
     Args:
         name: of the corpus, which lies in `root/<name>`.
         root: the data root; None for a corpus that is fetched, or when `hub` is given.
@@ -73,22 +90,29 @@ def load(
         DatasetError: a file is absent or malformed; the message says how to get it.
         JobFailed: a corpus that must be fetched cannot be.
     """
+    parts = _parts(name, root, hub, splits)
+    require_whole(name, parts)
+    return parts
+
+
+def _parts(
+    name: str, root: Path | None, hub: str | None, splits: Sequence[Split] | None
+) -> dict[str, list[Utterance]]:
     from llm_emo.datasets import hub as hub_reader
-    from llm_emo.datasets.table import to_dataset_dict
 
     corpus = get(name)
     if hub is not None:
-        return to_dataset_dict(name, hub_reader.read(corpus, hub, splits))
+        return hub_reader.read(corpus, hub, splits)
     layout, base = _locate(corpus, root)
     there = layout.parts(base)
     if ALL in there or splits is None:
-        parts: Sequence[str] = there
+        wanted: Sequence[str] = there
     else:
-        parts = splits
-        for part in parts:
+        wanted = splits
+        for part in wanted:
             if part not in there:
                 raise corpus.absent(root, part)
-    return to_dataset_dict(name, {part: layout.read(base, part) for part in parts})
+    return {part: layout.read(base, part) for part in wanted}
 
 
 def utterances(dataset: Dataset) -> list[Utterance]:
@@ -99,7 +123,7 @@ def utterances(dataset: Dataset) -> list[Utterance]:
 
 
 def file_hashes(name: str, root: Path | None) -> dict[str, str]:
-    """Return the SHA-256 of every file that `load` reads, by its path below the corpus.
+    """Return the SHA-256 of every file that `read` reads, by its path below the corpus.
 
     Of a corpus with sound, IEMOCAP's annotations are hashed and its sound is not (12 GB).
     """

@@ -142,6 +142,25 @@ def _matches(base: Path, glob: str) -> list[Path]:
     return [p for p in base.glob(glob) if p.is_file() and not p.name.startswith(".")]
 
 
+def require_whole(name: str, parts: Mapping[str, Sequence[Utterance]]) -> None:
+    """Hold that the rows of corpus `name` can be told apart, and that each has text and gold.
+
+    Raises:
+        DatasetError: a uid occurs twice, a text is empty, or a row has both or neither of
+            label and score.
+    """
+    counts = Counter(row.uid for rows in parts.values() for row in rows)
+    for part, rows in parts.items():
+        for row in rows:
+            where = f"{name}: {part} row {row.uid}"
+            if counts[row.uid] > 1:
+                raise DatasetError(f"{where}: the uid occurs {counts[row.uid]} times")
+            if not row.text:
+                raise DatasetError(f"{where}: the text is empty")
+            if (row.label is None) == (row.score is None):
+                raise DatasetError(f"{where}: expected a label or a score, and one of them only")
+
+
 def malformed(path: Path, where: str, found: object, expected: str) -> DatasetError:
     """Return the error for a place in a file that is not as the format says."""
     shown = repr(found)

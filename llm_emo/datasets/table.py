@@ -1,12 +1,11 @@
 """Utterances as rows of a `datasets.Dataset`, and back."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from llm_emo.errors import DatasetError
+from llm_emo.datasets.base import require_whole
 from llm_emo.types import Utterance
 
 FEATURES = Features(
@@ -32,16 +31,7 @@ def to_dataset_dict(name: str, parts: Mapping[str, Iterable[Utterance]]) -> Data
             label and score.
     """
     tables = {part: list(rows) for part, rows in parts.items()}
-    counts = Counter(row.uid for rows in tables.values() for row in rows)
-    for part, rows in tables.items():
-        for row in rows:
-            where = f"{name}: {part} row {row.uid}"
-            if counts[row.uid] > 1:
-                raise DatasetError(f"{where}: the uid occurs {counts[row.uid]} times")
-            if not row.text:
-                raise DatasetError(f"{where}: the text is empty")
-            if (row.label is None) == (row.score is None):
-                raise DatasetError(f"{where}: expected a label or a score, and one of them only")
+    require_whole(name, tables)
     return DatasetDict({part: to_dataset(rows) for part, rows in tables.items()})
 
 

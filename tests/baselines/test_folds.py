@@ -58,9 +58,9 @@ def test_another_fold_is_refused(fold):
 def test_random_folds_share_speakers_and_the_protocols_do_not(shared_data):
     if not (shared_data / "emodb" / "wav").is_dir():
         pytest.skip("EMO-DB is not there")
-    corpus = datasets.load("emodb", shared_data)
+    corpus = datasets.read("emodb", shared_data)
     protocol = protocols.get("emodb4")
-    everything = datasets.utterances(corpus["all"])
+    everything = corpus["all"]
     gold = {row.uid: protocol.gold(row) for row in everything}
     splits = random_fold(gold, 0, seed=0)
     heard = {

@@ -31,8 +31,7 @@ def corpus(request) -> Corpus:
 
 @pytest.fixture
 def parts(corpus) -> dict[str, list[Utterance]]:
-    loaded = datasets.load(corpus.name, FIXTURES)
-    return {part: datasets.utterances(table) for part, table in loaded.items()}
+    return datasets.read(corpus.name, FIXTURES)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_audio_is_a_file_where_it_is_given(corpus, rows):
     assert all(Path(path).is_file() for path in paths)
 
 
-def test_loading_twice_gives_the_same(corpus, parts):
+def test_a_table_holds_the_utterances_that_are_read(corpus, parts):
     again = datasets.load(corpus.name, FIXTURES)
     assert {part: datasets.utterances(table) for part, table in again.items()} == parts
 
@@ -202,7 +201,7 @@ def test_file_hashes_cover_what_is_read(corpus):
 
 
 def test_every_protocol_accepts_the_rows(corpus):
-    loaded = datasets.load(corpus.name, FIXTURES)
+    loaded = datasets.read(corpus.name, FIXTURES)
     own = protocols.of(corpus.name)
     assert own
     for protocol in own:
@@ -215,7 +214,7 @@ def test_every_protocol_accepts_the_rows(corpus):
 
 
 def test_no_row_is_in_two_splits_and_no_unit_is_parted_by_us(corpus):
-    loaded = datasets.load(corpus.name, FIXTURES)
+    loaded = datasets.read(corpus.name, FIXTURES)
     for protocol in protocols.of(corpus.name):
         splits = splits_of(protocol, loaded)
         uids = [row.utterance.uid for split in SPLITS for row in splits.get(split)]
@@ -234,7 +233,7 @@ def test_no_row_is_in_two_splits_and_no_unit_is_parted_by_us(corpus):
 
 
 def test_history_is_the_earlier_turns_oldest_first(corpus):
-    loaded = datasets.load(corpus.name, FIXTURES)
+    loaded = datasets.read(corpus.name, FIXTURES)
     splits = splits_of(protocols.of(corpus.name)[0], loaded)
     for row in (row for split in SPLITS for row in splits.get(split)):
         assert all(turn.dialogue == row.utterance.dialogue for turn in row.history)
@@ -243,7 +242,7 @@ def test_history_is_the_earlier_turns_oldest_first(corpus):
 
 
 def test_record_is_json_and_deterministic(corpus):
-    loaded = datasets.load(corpus.name, FIXTURES)
+    loaded = datasets.read(corpus.name, FIXTURES)
     for protocol in protocols.of(corpus.name):
         record = splits_of(protocol, loaded).record
         assert json.loads(json.dumps(record)) == record
@@ -251,7 +250,7 @@ def test_record_is_json_and_deterministic(corpus):
 
 
 def test_test_rows_do_not_depend_on_the_seed(corpus):
-    loaded = datasets.load(corpus.name, FIXTURES)
+    loaded = datasets.read(corpus.name, FIXTURES)
     for protocol in protocols.of(corpus.name):
         digests = {splits_of(protocol, loaded, s).record["uids_sha256"]["test"] for s in range(4)}
         assert len(digests) == 1

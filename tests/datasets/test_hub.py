@@ -96,7 +96,7 @@ def test_sst_float32_values_fall_into_the_trees_classes(tmp_path):
 
 
 def test_protocols_take_hub_rows_like_native_ones(tmp_path):
-    loaded = datasets.load("sst", None, hub=sentiment(tmp_path / "d"))
+    loaded = datasets.read("sst", None, hub=sentiment(tmp_path / "d"))
     splits = protocols.rows(protocols.get("sst2-ascii"), loaded, seed=0)
     assert splits.record["rows"] == {"train": 4, "dev": 4, "test": 3}
 
