@@ -172,14 +172,14 @@ def test_no_dialogue_is_cut_while_another_fits(turns, seed):
             left[number] -= len(places)
 
 
-def test_steps_that_dialogues_fill_cut_none():
-    groups = grouped([5, 3, 6, 2, 4, 4])
+@pytest.mark.parametrize("turns", [[4] * 6, [8, 4, 4, 2, 2, 2, 2], [1, 1, 2, 4, 8, 4, 2, 2]])
+def test_steps_that_dialogues_fill_cut_none(turns):
+    # Halves of halves: in whatever order they come, one that is left fits what room is left.
+    groups = grouped(turns)
     for seed in range(20):
-        for step in made(24, size=8, groups=groups, seed=seed):
-            assert len(flat(step)) == 8
-    whole = grouped([4] * 6)
-    for step in made(24, size=8, groups=whole, seed=3):
-        assert sorted(len(places) for _, places in stretches(flat(step), whole)) == [4, 4]
+        for step in made(sum(turns), size=8, groups=groups, seed=seed):
+            for number, places in stretches(flat(step), groups):
+                assert len(places) == turns[number]
 
 
 def test_dialogues_meet_others_in_each_epoch():
@@ -213,6 +213,11 @@ def test_the_rows_of_a_dialogue_are_found_in_the_order_of_its_turns():
         utterance("d", "one", 0), utterance("e", "one", 1),
     ]  # fmt: skip
     assert dialogues(rows) == [[3, 4, 0], [1], [2]]
+
+
+def test_a_row_without_a_dialogue_belongs_to_none_whatever_its_name():
+    rows = [utterance("a", "7", 0), utterance("7"), utterance("b", "7", 1)]
+    assert dialogues(rows) == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("by", ["row", "dialogue"])
