@@ -231,6 +231,8 @@ def _visible(
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
+    # What stands in front of all nodes: a beginning's columns, and a prefix's.
+    front = len(key) - len(trie) + int(getattr(inner, "prefix_length", 0))
     if (
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
@@ -240,7 +242,7 @@ def _visible(
         # Asked of the trie's own depths, which are numbers on every device.
         and not _slides(config, trie.depth + (len(key) - len(trie)))
         and (pieces := cheapest(trie.exit, trie.nodes)) is not None
-        and pieces.scores
+        and pieces.scores + front * len(pieces.above)
         <= (attention.PLAIN_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])

@@ -181,6 +181,23 @@ def test_scores_that_would_be_kept_for_the_backward_pass_have_a_limit(counted, m
     assert counted
 
 
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_the_limit_counts_the_columns_of_prefix_and_beginning(method, counted, monkeypatch):
+    made, rows = ours("llama", method), [row.prompt for row in tiny.encoded(9, shared=9)]
+    trie = TokenTrie.build([row[4:] for row in rows])
+    cut = cheapest(trie.exit, trie.nodes)
+    assert cut is not None
+    before = 4 + (made.prefix_length if method == "p_tuning_v2" else 0)
+    with torch.no_grad():
+        front = begin(made, rows[0][:4])
+        for spare in (0, -1):
+            counted.clear()
+            limit = cut.scores + before * len(cut.above) + spare
+            monkeypatch.setattr(attention, "PASSING_SCORES", limit)
+            node_logits(made, trie, trie.last, front)
+            assert bool(counted) == (spare == 0)
+
+
 def test_another_attention_never_meets_the_pieces(counted):
     made, trie = tiny.adapted("llama", "lora"), batch()
     assert made.get_base_model().config._attn_implementation == "sdpa"

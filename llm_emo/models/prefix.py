@@ -61,6 +61,11 @@ class PTuningV2Model(nn.Module):
         """The base model's config."""
         return self.base.config
 
+    @property
+    def prefix_length(self) -> int:
+        """P: how many keys and values every node sees in front of the others."""
+        return int(self.peft_config.num_virtual_tokens)
+
     def activation_checkpointing_enable(
         self,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,
