@@ -16,15 +16,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_emo import resources
+from llm_emo.baselines import kinds
+from llm_emo.baselines.settings import Imbalance, Resampling
 from llm_emo.errors import EmoError, RecipeError, nearest
+from llm_emo.sections import Section
 from llm_emo.validation import Key, Problem, conflict, found_text, problems
 
 BUNDLED_MODEL = "smollm2-135m"
@@ -34,17 +38,7 @@ _MOVING_REVISIONS = ("main", "master", "HEAD")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class Limit(_Section):
+class Limit(Section):
     """How many rows of a split are used at most; a split that is not named is used whole."""
 
     train: int | None = Field(None, ge=1)
@@ -55,7 +49,7 @@ class Limit(_Section):
     """Test rows; a report on fewer rows is not comparable with one on all."""
 
 
-class Data(_Section):
+class Data(Section):
     """Which rows are read, and under which protocol they count."""
 
     dataset: str = Field(min_length=1)
@@ -73,7 +67,7 @@ class Data(_Section):
     """Caps on the rows of each split."""
 
 
-class PromptChoice(_Section):
+class PromptChoice(Section):
     """How an utterance becomes an instruction."""
 
     name: str = Field(min_length=1)
@@ -85,7 +79,7 @@ class PromptChoice(_Section):
     """Tokens of one example, answer included; what is too long loses corpus text only."""
 
 
-class Model(_Section):
+class Model(Section):
     """The base model, which stays frozen under an adapter."""
 
     name: str = Field(min_length=1)
@@ -133,7 +127,7 @@ QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 """The three projections of an attention block, which all read the block's input."""
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     kind: Literal["lora"]
@@ -170,7 +164,7 @@ class Lora(_Section):
         return self
 
 
-class PTuningV2(_Section):
+class PTuningV2(Section):
     """Trained keys and values before every layer (Liu et al. 2021, arXiv:2110.07602)."""
 
     kind: Literal["p_tuning_v2"]
@@ -235,14 +229,14 @@ class PTuningV2(_Section):
         return self
 
 
-class ZeroShot(_Section):
+class ZeroShot(Section):
     """The base model as it is; nothing is trained."""
 
     kind: Literal["zero_shot"]
     """The method."""
 
 
-class Full(_Section):
+class Full(Section):
     """Every weight of the base model is trained."""
 
     kind: Literal["full"]
@@ -252,7 +246,7 @@ class Full(_Section):
 Method = Annotated[Lora | PTuningV2 | ZeroShot | Full, Field(discriminator="kind")]
 
 
-class Train(_Section):
+class Train(Section):
     """How the adapter is trained: AdamW on the answer tokens only."""
 
     epochs: int = Field(ge=1)
@@ -273,6 +267,8 @@ class Train(_Section):
     """AdamW's decoupled weight decay."""
     schedule: Literal["linear", "cosine", "constant"]
     """Course of the learning rate after the warm-up: to zero, or kept."""
+    optimizer: Literal["adamw", "adam", "sgd", "sgd_momentum", "adadelta"] = "adamw"
+    """The optimiser; momentum is 0.9. Only `adamw` decays weights apart from the gradient."""
     warmup_ratio: float = Field(ge=0, lt=1)
     """Share of all steps over which the learning rate rises from zero."""
     max_grad_norm: float = Field(gt=0)
@@ -283,9 +279,11 @@ class Train(_Section):
     """Stop after this many evaluations without a better one; without it, never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
+    imbalance: Imbalance | None = None
+    """What is done about rare classes; without it, every row counts the same."""
 
 
-class Inference(_Section):
+class Inference(Section):
     """How answers are read from the model."""
 
     mode: Literal["score", "generate"]
@@ -296,12 +294,15 @@ class Inference(_Section):
     """Distinct tokens of one forward pass. Changes memory, not the result."""
 
 
-class Recipe(_Section):
-    """Everything that a score depends on, besides the corpus files themselves."""
-
+class _Common(Section):
     seed: int = Field(ge=0, lt=2**32)
     """Seed of row order, initialisation, dropout and made splits."""
     data: Data
+
+
+class Recipe(_Common):
+    """Everything that an LLM's score depends on, besides the corpus files themselves."""
+
     prompt: PromptChoice
     model: Model
     method: Method
@@ -321,6 +322,17 @@ class Recipe(_Section):
             )
         if kind != "zero_shot" and self.train is None:
             raise conflict(f"missing section 'train': method {kind} needs it", "train", "method")
+        if (
+            self.train
+            and self.train.batch_by == "dialogue"
+            and isinstance(self.train.imbalance, Resampling)
+        ):
+            raise conflict(
+                "'train.imbalance': resampling draws rows one by one, which parts the turns that "
+                "'train.batch_by: dialogue' keeps together; use another remedy, or batch by row",
+                "train.imbalance.kind",
+                "train.batch_by",
+            )
         if kind == "full" and self.model.quantization != "none":
             raise conflict(
                 f"'model.quantization': {self.model.quantization} weights cannot be trained "
@@ -329,6 +341,74 @@ class Recipe(_Section):
                 "method.kind",
             )
         return self
+
+
+class BaselineRecipe(_Common):
+    """Everything that a specialised model's score depends on, besides the corpus files."""
+
+    method: Annotated[kinds.Kind, Field(discriminator="kind")]
+    train: Train | None = None
+    """Required for every method but `majority` and `linear`, which are fitted at once."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        method, train = self.method, self.train
+        if not method.trained and train is not None:
+            raise conflict(
+                f"'train': method {method.kind} is fitted at once; remove the section "
+                "(on the command line: --set train=null)",
+                "train",
+                "method.kind",
+            )
+        if method.trained and train is None:
+            raise conflict(
+                f"missing section 'train': method {method.kind} needs it", "train", "method"
+            )
+        if train is None:
+            return self
+        for key in ("tokens_per_pass", "batch_by"):
+            if key in train.model_fields_set:
+                raise conflict(
+                    f"'train.{key}': belongs to LLMs; method {method.kind} has no use for it",
+                    f"train.{key}",
+                    "method.kind",
+                )
+        if method.whole_batches and train.micro_batch_size < train.batch_size:
+            raise conflict(
+                f"'train.micro_batch_size': found {train.micro_batch_size}, but method "
+                f"{method.kind} normalises over the rows of a step, which cannot be parted; set "
+                f"it to {train.batch_size}, as 'train.batch_size'",
+                "train.micro_batch_size",
+                "train.batch_size",
+                "method.kind",
+            )
+        if method.reads_dialogues and isinstance(train.imbalance, Resampling):
+            raise conflict(
+                f"'train.imbalance': method {method.kind} reads whole dialogues, whose turns "
+                "cannot be drawn one by one; use class_weights, focal or logit_adjustment",
+                "train.imbalance.kind",
+                "method.kind",
+            )
+        if isinstance(method, kinds.Fusion) and not (method.text_run or method.audio_run):
+            raise conflict(
+                "'method': fusion needs 'method.text_run', 'method.audio_run' or both",
+                "method.text_run",
+                "method.audio_run",
+            )
+        return self
+
+
+AnyRecipe = Recipe | BaselineRecipe
+
+
+def _recipe_of(document: dict[Any, Any]) -> type[AnyRecipe]:
+    """Return what a file is held against, which its method decides."""
+    method = document.get("method")
+    kind = method.get("kind") if isinstance(method, dict) else None
+    ours = [get_args(member.model_fields["kind"].annotation)[0] for member in get_args(kinds.Kind)]
+    # A misspelled name is explained best by the kinds that it resembles.
+    meant = get_close_matches(str(kind), [*ours, "lora", "p_tuning_v2", "zero_shot", "full"], n=1)
+    return BaselineRecipe if kind in ours or set(meant) & set(ours) else Recipe
 
 
 def names() -> tuple[str, ...]:
@@ -364,7 +444,7 @@ def source(path_or_name: str) -> Path:
     )
 
 
-def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(path_or_name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe, apply the overrides in order, and check it against prompts and protocols.
 
     Raises:
@@ -376,10 +456,11 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     origins: dict[Key, str] = {}
     for override in overrides:
         _override(document, override, origins, shown)
+    root = _recipe_of(document)
     try:
-        recipe = Recipe.model_validate(document)
+        recipe = root.model_validate(document)
     except ValidationError as error:
-        raise _report(shown, problems(error, Recipe), origins) from None
+        raise _report(shown, problems(error, root), origins) from None
     if misfits := list(_misfits(recipe)):
         raise _report(shown, misfits, origins)
     return recipe
@@ -388,7 +469,8 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe file, for editors; `recipes/schema.json` is this."""
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return draft | Recipe.model_json_schema() | {"title": "llm_emo recipe"}
+    either: TypeAdapter[AnyRecipe] = TypeAdapter(AnyRecipe)
+    return draft | either.json_schema() | {"title": "llm_emo recipe"}
 
 
 def _yaml() -> YAML:
@@ -480,14 +562,13 @@ def _with_origin(problem: Problem, origins: dict[Key, str]) -> str:
     return problem.text
 
 
-def _misfits(recipe: Recipe) -> Iterator[Problem]:
+def _misfits(recipe: AnyRecipe) -> Iterator[Problem]:
     """Check what needs the other parts: the protocol's corpus, and what the prompt can say."""
     # Imported here: whoever only wants the schema or the names needs neither.
     from llm_emo import datasets, prompts, protocols
 
-    data, choice = recipe.data, recipe.prompt
+    data = recipe.data
     dataset_key, protocol_key = ("data", "dataset"), ("data", "protocol")
-    prompt_key = ("prompt", "name")
     if data.dataset not in datasets.names():
         hint = nearest(data.dataset, datasets.names())
         yield Problem(f"'data.dataset': no dataset {data.dataset!r}; {hint}", (dataset_key,))
@@ -504,7 +585,7 @@ def _misfits(recipe: Recipe) -> Iterator[Problem]:
             f"{protocol.dataset!r}, not of {data.dataset!r} (its own: {', '.join(own) or 'none'})",
             (protocol_key, dataset_key),
         )
-    folds = protocol.partition in ("speakers", "sessions")
+    folds = protocol.partition in ("speakers", "sessions", "random")
     if folds and data.fold is None:
         yield Problem(
             f"missing key 'data.fold': {data.protocol} is cross-validated; name the fold that is "
@@ -516,6 +597,14 @@ def _misfits(recipe: Recipe) -> Iterator[Problem]:
             f"'data.fold': found {data.fold}, but {data.protocol} has no folds; remove it",
             (("data", "fold"), protocol_key),
         )
+    if isinstance(recipe, BaselineRecipe):
+        if recipe.method.hears and not datasets.get(data.dataset).audio:
+            yield Problem(
+                f"'method.kind': {recipe.method.kind} reads sound, and {data.dataset} has none",
+                (("method", "kind"), dataset_key),
+            )
+        return
+    choice, prompt_key = recipe.prompt, ("prompt", "name")
     try:
         prompt = prompts.load(choice.name)
         prompts.label_set(protocol.labels, prompt.language)

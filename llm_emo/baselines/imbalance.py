@@ -19,7 +19,6 @@ from llm_emo.baselines.settings import (
     Focal,
     Imbalance,
     LogitAdjustment,
-    Plain,
     Resampling,
 )
 
@@ -45,7 +44,7 @@ def log_prior(counts: Tensor) -> Tensor:
     return (at_least_one / at_least_one.sum()).log().float()
 
 
-def row_losses(option: Imbalance, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+def row_losses(option: Imbalance | None, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """Return the loss of every row, in nats; shape (B,).
 
     Resampling changes which rows are seen and not their loss, which is plain.
@@ -57,17 +56,17 @@ def row_losses(option: Imbalance, logits: Tensor, labels: Tensor, counts: Tensor
         counts: training rows of every class, shape (C,).
     """
     match option:
-        case Plain() | Resampling():
+        case None | Resampling():
             return _cross_entropy(logits, labels)
-        case ClassWeights(strength):
+        case ClassWeights(strength=strength):
             weights = class_weights(counts, strength).to(logits.device)
             return weights[labels] * _cross_entropy(logits, labels)
-        case Focal(gamma, balanced):
+        case Focal(gamma=gamma, balanced=balanced):
             losses = focal(logits, labels, gamma)
             if balanced:
                 losses = class_weights(counts, 1.0).to(logits.device)[labels] * losses
             return losses
-        case LogitAdjustment(tau):
+        case LogitAdjustment(tau=tau):
             prior = log_prior(counts).to(logits.device)
             return _cross_entropy(logits + tau * prior, labels)
 
@@ -90,7 +89,7 @@ def adjusted(logits: Tensor, counts: Tensor, tau: float) -> Tensor:
 
 
 def epoch_order(
-    option: Imbalance, labels: np.typing.NDArray[np.int64], *, seed: int, epoch: int
+    option: Imbalance | None, labels: np.typing.NDArray[np.int64], *, seed: int, epoch: int
 ) -> list[int]:
     """Return the rows of an epoch, in order: a function of seed and epoch alone.
 

@@ -7,7 +7,7 @@ Probabilities have the protocol's label order; a class that training never saw h
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,11 @@ class Linear:
             },
             folder / WEIGHTS,
         )
-        rest = {"names": self.names, "settings": asdict(self.settings), "vocabulary": vocabulary}
+        rest = {
+            "names": self.names,
+            "settings": self.settings.model_dump(),
+            "vocabulary": vocabulary,
+        }
         (folder / SETTINGS).write_text(json.dumps(rest), "utf-8")
 
     @classmethod
@@ -141,8 +145,7 @@ class Linear:
 
         try:
             rest = json.loads((folder / SETTINGS).read_text("utf-8"))
-            settings = rest["settings"]
-            settings = LinearSettings(**settings | {"ngrams": tuple(settings["ngrams"])})
+            settings = LinearSettings.model_validate(rest["settings"])
             numbers = load_file(folder / WEIGHTS)
             vectorizer = _vectorizer(settings, rest["vocabulary"])
             vectorizer.idf_ = numbers["idf"]

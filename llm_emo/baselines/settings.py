@@ -1,103 +1,49 @@
-"""Settings of the text baselines: frozen data that a recipe can state. No torch here.
+"""Settings of the text baselines, and what is done about rare classes. No torch here.
 
-Optimiser, learning rate, batch size and epochs belong to a recipe's training section; only
-`TEXT_CNN_RUNS` holds them too, because the report of paper 001 is a table of them.
+Optimiser, learning rate, batch size and epochs belong to a recipe's training section.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-Optimizer = Literal["adam", "sgd", "sgd_momentum", "adadelta"]
+from pydantic import Field, model_validator
+
+from llm_emo.sections import Many, Section
+
 Pooling = Literal["max", "mean"]
+Size = Annotated[int, Field(ge=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise ValueError(what)
-
-
-@dataclass(frozen=True, slots=True)
-class TextCnnSettings:
+class TextCnnSettings(Section):
     """A convolution over word vectors (paper 001, section 5)."""
 
-    filters: int
+    filters: int = Field(ge=1)
     """Filters of each size."""
-    sizes: tuple[int, ...]
+    sizes: Many[Size] = Field(min_length=1)
     """Widths of the filters, in words; the paper's runs have one."""
-    stride: int
+    stride: int = Field(ge=1)
     """Words from one window to the next."""
     pooling: Pooling
     """What is kept of a filter's windows; the paper's is `max` (1-max pooling)."""
-    dropout: float
+    dropout: Dropout
     """On the pooled features, as a probability."""
     train_vectors: bool
     """Whether word vectors learn with the network, or stay what they are."""
 
-    def __post_init__(self) -> None:
-        _require(self.filters >= 1, f"filters: expected at least 1, found {self.filters}")
-        _require(self.stride >= 1, f"stride: expected at least 1, found {self.stride}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
-        _require(
-            bool(self.sizes) and min(self.sizes) >= 1,
-            f"sizes: expected one or more widths of at least 1, found {self.sizes}",
-        )
 
-
-@dataclass(frozen=True, slots=True)
-class TextCnnRun:
-    """One row of paper 001's figures 2 to 4."""
-
-    network: TextCnnSettings
-    optimizer: Optimizer
-    learning_rate: float
-    batch_size: int
-    epochs: int
-
-
-def _run(
-    optimizer: Optimizer, *, filters: int = 100, stride: int = 1, size: int = 3, dropout: float = 0
-) -> TextCnnRun:
-    # That word vectors learn is our choice (the report says nothing).
-    network = TextCnnSettings(filters, (size,), stride, "max", dropout, train_vectors=True)
-    return TextCnnRun(network, optimizer, learning_rate=0.01, batch_size=50, epochs=100)
-
-
-TEXT_CNN_RUNS: Mapping[int, TextCnnRun] = MappingProxyType(
-    {
-        1: _run("adam", filters=1),
-        2: _run("adam"),
-        3: _run("sgd_momentum"),
-        4: _run("sgd"),
-        5: _run("adadelta"),
-        6: _run("sgd_momentum", stride=3),
-        7: _run("sgd_momentum", size=7),
-        8: _run("sgd_momentum", dropout=0.2),
-    }
-)
-"""The eight runs of paper 001, by the number that its tables have in `notes`."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderSettings:
+class EncoderSettings(Section):
     """Stage 1 of paper 000: a transformers encoder fine-tuned as a sentence classifier."""
 
-    max_length: int
+    max_length: int = Field(ge=3)
     """Tokens of an utterance, [CLS] and [SEP] included; what is longer loses its end."""
-    dropout: float
+    dropout: Dropout
     """Before both layers of the classification head, as a probability."""
 
-    def __post_init__(self) -> None:
-        _require(self.max_length >= 3, f"max_length: expected at least 3, found {self.max_length}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
 
-
-@dataclass(frozen=True, slots=True)
-class RobertaCnnLstmSettings:
+class RobertaCnnLstmSettings(Section):
     """Stage 2 of paper 000, over the utterances of a dialogue.
 
-    The ablations are `cnn_lstm=False`, `residual=False`, and both, which leaves the encoder's
+    The ablations are `cnn_lstm: false`, `residual: false`, and both, which leaves the encoder's
     features and fully connected layers.
     """
 
@@ -105,95 +51,79 @@ class RobertaCnnLstmSettings:
     """Whether the two recurrent branches are there."""
     residual: bool
     """Whether the encoder's features are added once more, through two layers."""
-    dropout: float
+    dropout: Dropout
     """After every fully connected layer but the last, and after the branches."""
-    reduced: int = 1024
+    reduced: int = Field(1024, ge=1)
     """Features of an utterance after the first fully connected layer."""
-    units: int = 256
+    units: int = Field(256, ge=1)
     """Hidden units of every LSTM and direction, and filters of the convolution."""
-    head: int = 256
+    head: int = Field(256, ge=1)
     """Units between the two last fully connected layers."""
 
-    def __post_init__(self) -> None:
-        sizes = (self.reduced, self.units, self.head)
-        _require(min(sizes) >= 1, f"reduced, units, head: expected at least 1, found {sizes}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
 
-
-@dataclass(frozen=True, slots=True)
-class LinearSettings:
+class LinearSettings(Section):
     """TF-IDF features and logistic regression: what a second of work gives."""
 
     unit: Literal["word", "character"]
     """What n-grams are made of; Chinese, which has no spaces, needs characters."""
-    ngrams: tuple[int, int]
+    ngrams: Annotated[tuple[Size, Size], Field(strict=False)]
     """Shortest and longest n-gram, in units."""
-    min_texts: int
+    min_texts: int = Field(ge=1)
     """Training texts that an n-gram must occur in."""
-    strength: float
+    strength: float = Field(gt=0)
     """Inverse of the L2 penalty (scikit-learn's C)."""
     balanced: bool
     """Weight classes by the inverse of their frequency."""
 
-    def __post_init__(self) -> None:
-        low, high = self.ngrams
-        _require(1 <= low <= high, f"ngrams: expected 1 <= shortest <= longest, found {low, high}")
-        _require(self.min_texts >= 1, f"min_texts: expected at least 1, found {self.min_texts}")
-        _require(self.strength > 0, f"strength: expected above 0, found {self.strength}")
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.ngrams[0] > self.ngrams[1]:
+            raise ValueError(f"ngrams: expected shortest <= longest, found {list(self.ngrams)}")
+        return self
 
 
 # --- what to do about rare classes ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Cross-entropy; every row counts the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClassWeights:
+class ClassWeights(Section):
     """Rows of class c weigh n_c ** -strength, scaled to mean 1 over the training rows."""
 
-    strength: float = 1.0
+    kind: Literal["class_weights"] = "class_weights"
+    """The remedy."""
+    strength: float = Field(1.0, ge=0, le=1)
     """1 gives every class the same weight in sum, 0 every row."""
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.strength <= 1, f"strength: expected 0 to 1, found {self.strength}")
 
-
-@dataclass(frozen=True, slots=True)
-class Resampling:
+class Resampling(Section):
     """An epoch of as many rows, in which rare classes are drawn more often."""
 
-    strength: float = 1.0
+    kind: Literal["resampling"] = "resampling"
+    """The remedy."""
+    strength: float = Field(1.0, ge=0, le=1)
     """1 draws every class equally often, 0 as often as it occurs; linear between."""
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.strength <= 1, f"strength: expected 0 to 1, found {self.strength}")
 
-
-@dataclass(frozen=True, slots=True)
-class Focal:
+class Focal(Section):
     """Focal loss, (1 - p) ** gamma times cross-entropy (Lin et al. 2017, arXiv:1708.02002)."""
 
-    gamma: float = 2.0
+    kind: Literal["focal"] = "focal"
+    """The remedy."""
+    gamma: float = Field(2.0, ge=0)
     """How much less a row counts that is right already."""
     balanced: bool = False
-    """Weigh rows as `ClassWeights(1)` too, which is that paper's alpha."""
-
-    def __post_init__(self) -> None:
-        _require(self.gamma >= 0, f"gamma: expected at least 0, found {self.gamma}")
+    """Weigh rows as `class_weights` of strength 1 too, which is that paper's alpha."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitAdjustment:
+class LogitAdjustment(Section):
     """Cross-entropy over logits + tau log prior (Menon et al. 2021, arXiv:2007.07314)."""
 
-    tau: float = 1.0
+    kind: Literal["logit_adjustment"] = "logit_adjustment"
+    """The remedy."""
+    tau: float = Field(1.0, ge=0)
     """1 makes balanced accuracy the aim (the paper's equation 10), 0 plain accuracy."""
 
-    def __post_init__(self) -> None:
-        _require(self.tau >= 0, f"tau: expected at least 0, found {self.tau}")
 
-
-Imbalance = Plain | ClassWeights | Resampling | Focal | LogitAdjustment
+Imbalance = Annotated[
+    ClassWeights | Resampling | Focal | LogitAdjustment, Field(discriminator="kind")
+]
+"""What is done about rare classes; None is plain cross-entropy, in which every row counts 1."""

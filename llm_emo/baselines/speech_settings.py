@@ -4,139 +4,111 @@ Optimiser, learning rate, batch size and epochs belong to a recipe's training se
 has Adam at 1e-4 with betas (0.9, 0.99), batches of 40 and 100 epochs.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm_emo.sections import Many, Section
 
 IltStructure = Literal["ilt", "cnn_transformer", "cnn_lstm_transformer"]
 IltFusion = Literal["concatenation", "sum", "trainable_sum"]
 CatStructure = Literal["cat", "cnn_to_lstm", "lstm_to_cnn", "cnn_plus_lstm", "lstm_transformer"]
+Size = Annotated[int, Field(ge=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise ValueError(what)
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
+class Noise(Section):
     """White noise on copies of a clip, in train and dev (paper 004, section 3.2)."""
 
-    copies: int = 1
+    copies: int = Field(1, ge=0)
     """Noisy copies of each clip beside the clean one; 0 is none."""
     low: float = 20.0
+    """The lowest signal-to-noise ratio of a copy, in dB."""
     high: float = 30.0
-    """Signal-to-noise ratio in dB, drawn evenly between the two for each copy."""
+    """The highest; each copy's is drawn evenly between the two."""
 
-    def __post_init__(self) -> None:
-        _require(self.copies >= 0, f"copies: expected at least 0, found {self.copies}")
-        _require(self.low <= self.high, f"low, high: found {self.low} above {self.high}")
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low, high: expected low <= high, found {self.low} and {self.high}")
+        return self
 
 
-@dataclass(frozen=True, slots=True)
-class CnnSettings:
+class CnnSettings(Section):
     """The "several conv blocks" of paper 004, whose number and sizes it does not print."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 128)
+    channels: Many[Size] = Field((16, 32, 64, 128), min_length=1)
     """One block each."""
-    kernel: int = 3
+    kernel: Size = 3
     """Frames and mel bands that a convolution sees."""
-    pool: int = 2
+    pool: Size = 2
     """What average pooling divides time and bands by, after each block."""
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """After each block, as a probability."""
 
-    def __post_init__(self) -> None:
-        sizes = (*self.channels, self.kernel, self.pool)
-        _require(bool(self.channels), "channels: expected one or more blocks")
-        _require(min(sizes) >= 1, f"channels, kernel, pool: expected at least 1, found {sizes}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
 
-
-@dataclass(frozen=True, slots=True)
-class TransformerSettings:
+class TransformerSettings(Section):
     """A transformer's sizes, none of which paper 004 prints."""
 
-    layers: int = 1
-    heads: int = 4
+    layers: Size = 1
+    """Layers, each with attention and a feed-forward part."""
+    heads: Size = 4
     """Must divide the features of a step."""
-    inner: int = 512
+    inner: Size = 512
     """Units of the feed-forward part."""
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """In attention, and after both parts of a layer, as a probability."""
 
-    def __post_init__(self) -> None:
-        sizes = (self.layers, self.heads, self.inner)
-        _require(min(sizes) >= 1, f"layers, heads, inner: expected at least 1, found {sizes}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
 
-
-@dataclass(frozen=True, slots=True)
-class IltSettings:
+class IltSettings(Section):
     """One row of paper 004's table 1; the defaults are its best."""
 
     structure: IltStructure = "ilt"
     """The LSTM beside the transformer, or one of the two baselines in cascade."""
     fusion: IltFusion = "trainable_sum"
     """How the two flows of "ilt" meet (equations 12 to 16)."""
-    weight: float = 0.5
+    weight: float = Field(0.5, ge=0, le=1)
     """The LSTM's share alpha of a "sum" (equation 13)."""
     positional_encoding: bool = False
+    """Whether sines are added before the transformer (equations 3 and 4)."""
     mask: bool = True
     """Whether padding is masked; the paper's networks read it as silence."""
     cnn: CnnSettings = CnnSettings()
     transformer: TransformerSettings = TransformerSettings()
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.weight <= 1, f"weight: expected 0 to 1, found {self.weight}")
 
-
-@dataclass(frozen=True, slots=True)
-class CatSettings:
+class CatSettings(Section):
     """One row of paper 004's table 2; the defaults are its best."""
 
     structure: CatStructure = "cat"
     """Both cross-attending transformers, one of them, none, or one on the LSTM alone."""
     positional_encoding: bool = False
+    """Whether sines are added before the transformer (equations 3 and 4)."""
     mask: bool = True
     """Whether padding is masked; the paper's networks read it as silence."""
-    window: int = 8
+    window: Size = 8
     """Frames that make one step of the LSTM."""
-    filters: int = 128
+    filters: Size = 128
     """Of the convolution that makes them."""
     cnn: CnnSettings = CnnSettings()
     transformer: TransformerSettings = TransformerSettings()
 
-    def __post_init__(self) -> None:
-        sizes = (self.window, self.filters)
-        _require(min(sizes) >= 1, f"window, filters: expected at least 1, found {sizes}")
 
-
-@dataclass(frozen=True, slots=True)
-class ClassifierSettings:
+class ClassifierSettings(Section):
     """Pipelines 1 and 2 of paper 002: an encoder that is fine-tuned by itself."""
 
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """On an utterance's features, as a probability."""
-    max_tokens: int = 128
+    max_tokens: Size = 128
     """Tokens of a text; what is longer loses its end."""
-    max_samples: int = 54_622
+    max_samples: Size = 54_622
     """Samples of a clip at 16 kHz: 3.4 s, a tenth of IEMOCAP's longest clip, as in the paper."""
 
-    def __post_init__(self) -> None:
-        sizes = (self.max_tokens, self.max_samples)
-        _require(min(sizes) >= 1, f"max_tokens, max_samples: expected at least 1, found {sizes}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")
 
-
-@dataclass(frozen=True, slots=True)
-class FusionSettings:
+class FusionSettings(Section):
     """Pipeline 3 of paper 002: a network of four layers, whose sizes it does not print."""
 
-    hidden: tuple[int, ...] = (512, 256, 128)
+    hidden: Many[Size] = (512, 256, 128)
     """Units of the layers under the one that gives the classes."""
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """Between layers, as a probability."""
-
-    def __post_init__(self) -> None:
-        _require(min(self.hidden, default=1) >= 1, f"hidden: expected >= 1, found {self.hidden}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, found {self.dropout}")

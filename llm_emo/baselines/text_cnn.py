@@ -14,18 +14,15 @@ Where the report is silent or contradicts itself:
   not depend on what it is batched with, every word is seen by some window wherever the stride
   is no longer than the filter, and no test text is cut.
 - A text without words is one window of zeros.
-- Momentum is 0.9; Adadelta's and Adam's other parameters are torch's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from llm_emo.baselines.settings import Optimizer, TextCnnSettings
+from llm_emo.baselines.settings import TextCnnSettings
 from llm_emo.baselines.vectors import PADDING
-
-MOMENTUM = 0.9
 
 
 class TextCnn(nn.Module):
@@ -88,19 +85,3 @@ def pad(texts: Sequence[Sequence[int]]) -> Tensor:
     """Return encoded texts as one batch, shape (B, longest text, at least 1)."""
     longest = max(1, *(len(text) for text in texts))
     return torch.tensor([[*text, *[PADDING] * (longest - len(text))] for text in texts])
-
-
-def make_optimizer(
-    kind: Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float
-) -> torch.optim.Optimizer:
-    """Return the optimiser of a run, over the parameters that learn."""
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    match kind:
-        case "adam":
-            return torch.optim.Adam(learning, lr=learning_rate)
-        case "sgd":
-            return torch.optim.SGD(learning, lr=learning_rate)
-        case "sgd_momentum":
-            return torch.optim.SGD(learning, lr=learning_rate, momentum=MOMENTUM)
-        case "adadelta":
-            return torch.optim.Adadelta(learning, lr=learning_rate)

@@ -148,7 +148,7 @@ def test_settings_of_noise_are_checked():
     with pytest.raises(ValueError, match="copies"):
         Noise(copies=-1)
     with pytest.raises(ValueError, match="low"):
-        Noise(low=30, high=20)
+        Noise(low=30.0, high=20.0)
 
 
 # Files

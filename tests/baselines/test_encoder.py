@@ -200,7 +200,7 @@ def test_an_encoder_without_these_features_is_refused(how, message, tmp_path):
 
 def test_a_length_beyond_the_encoder_s_is_refused(tmp_path):
     with pytest.raises(ModelError, match="max_length is 17, but it reads at most 16"):
-        encoder.load(save(tmp_path), EncoderSettings(17, 0.0), classes=3)
+        encoder.load(save(tmp_path), EncoderSettings(max_length=17, dropout=0.0), classes=3)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -213,7 +213,9 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_minilm_gives_1536_features():
-    model, tokens = encoder.load("minilm-l6", EncoderSettings(64, 0.1), classes=7)
+    model, tokens = encoder.load(
+        "minilm-l6", EncoderSettings(max_length=64, dropout=0.1), classes=7
+    )
     texts = ["I am so glad!", "I am so happy!", "The invoice is attached."]
     found = encoder.extract(model, tokens, texts, max_length=64, tokens_per_pass=512)
     assert found.shape == (3, 4 * 384)

@@ -8,8 +8,10 @@ from llm_emo.baselines.settings import LinearSettings
 from llm_emo.errors import ModelError, ProtocolError
 
 NAMES = ("anger", "joy", "fear")
-WORD = LinearSettings("word", (1, 2), 1, 10.0, False)
-CHARACTER = LinearSettings("character", (1, 3), 1, 10.0, True)
+WORD = LinearSettings(unit="word", ngrams=(1, 2), min_texts=1, strength=10.0, balanced=False)
+CHARACTER = LinearSettings(
+    unit="character", ngrams=(1, 3), min_texts=1, strength=10.0, balanced=True
+)
 PLACES = ["train", "boat", "bus", "road", "house", "tree", "lamp", "door"]
 BEGINNINGS = [("rage", "!"), ("glee", "."), ("awe", "?"), ("glee", "!")]
 TEXTS = [f"{word} {place}{end}" for word, end in BEGINNINGS for place in PLACES]
@@ -70,7 +72,12 @@ def test_balanced_classes_help_the_rare_one():
     texts = ["same"] * 20
     labels = ["joy"] * 18 + ["anger"] * 2
     plain, balanced = (
-        Linear.fit(texts, labels, NAMES[:2], LinearSettings("word", (1, 1), 1, 1.0, choice))
+        Linear.fit(
+            texts,
+            labels,
+            NAMES[:2],
+            LinearSettings(unit="word", ngrams=(1, 1), min_texts=1, strength=1.0, balanced=choice),
+        )
         for choice in (False, True)
     )
     assert plain.probabilities(["same"])[0, 0] < 0.2
@@ -86,7 +93,10 @@ def test_what_cannot_be_learnt_from_is_refused():
         Linear.fit(["a", "b"], ["joy", "joy"], NAMES, WORD)
     with pytest.raises(ProtocolError, match="min_texts"):
         Linear.fit(
-            ["a", "b"], ["joy", "fear"], NAMES, LinearSettings("word", (1, 1), 2, 1.0, False)
+            ["a", "b"],
+            ["joy", "fear"],
+            NAMES,
+            LinearSettings(unit="word", ngrams=(1, 1), min_texts=2, strength=1.0, balanced=False),
         )
     with pytest.raises(ProtocolError, match="did you mean 'joy'"):
         Linear.fit(["a", "b"], ["jo", "fear"], NAMES, WORD)
@@ -122,9 +132,8 @@ def test_the_majority_is_the_most_frequent_class_and_of_equal_ones_the_first():
 
 @pytest.mark.parametrize(
     "wrong",
-    [("word", (0, 1), 1, 1.0, False), ("word", (2, 1), 1, 1.0, False),
-     ("word", (1, 1), 0, 1.0, False), ("word", (1, 1), 1, 0.0, False)],
-)  # fmt: skip
+    [{"ngrams": (0, 1)}, {"ngrams": (2, 1)}, {"min_texts": 0}, {"strength": 0.0}, {"unit": "line"}],
+)
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        LinearSettings(*wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LinearSettings.model_validate(WORD.model_dump() | wrong)

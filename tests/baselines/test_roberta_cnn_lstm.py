@@ -179,7 +179,7 @@ def test_saved_and_loaded_it_gives_the_same_bits(ablation, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"units": 0}, {"dropout": 1.0}, {"head": 0}])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="Input should be"):
         network(**wrong)
 
 

@@ -1,7 +1,6 @@
 """What holds for every network of paper 004, and what sets each variant apart."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -43,7 +42,7 @@ every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 def network(name, *, small=True, seed=0, **changes):
-    settings = dataclasses.replace(VARIANTS[name], **(SMALL if small else {}) | changes)
+    settings = VARIANTS[name].model_copy(update=(SMALL if small else {}) | changes)
     torch.manual_seed(seed)
     made = Ilt if isinstance(settings, IltSettings) else Cat
     return made(settings, CLASSES)

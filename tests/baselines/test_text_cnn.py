@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_emo.baselines import storage, text_cnn
-from llm_emo.baselines.settings import TEXT_CNN_RUNS, TextCnnSettings
+from llm_emo.baselines.settings import TextCnnSettings
 from llm_emo.baselines.text_cnn import TextCnn
 from llm_emo.errors import ModelError
 
@@ -36,35 +36,13 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("run", sorted(TEXT_CNN_RUNS))
-def test_a_run_has_the_parameters_of_its_table(run):
-    chosen = TEXT_CNN_RUNS[run].network
-    made = TextCnn(chosen, words=1000, dimensions=50, classes=2)
-    [size] = chosen.sizes
-    filters = 1 if run == 1 else 100
-    expected = 1000 * 50 + filters * (50 * size + 1) + 2 * (filters + 1)
+@pytest.mark.parametrize("filters", [1, 100])
+@pytest.mark.parametrize("size", [3, 7])
+def test_the_parameters_are_those_of_the_formula(filters, size):
+    made = network(filters=filters, sizes=(size,))
+    words, dimensions = made.embedding.weight.shape
+    expected = words * dimensions + filters * (dimensions * size + 1) + 2 * (filters + 1)
     assert sum(p.numel() for p in made.parameters()) == expected
-
-
-def test_the_eight_runs_are_those_of_the_report():
-    table = {
-        number: (run.optimizer, run.network.filters, run.network.stride, *run.network.sizes,
-                 run.network.dropout)
-        for number, run in TEXT_CNN_RUNS.items()
-    }  # fmt: skip
-    assert table == {
-        1: ("adam", 1, 1, 3, 0),
-        2: ("adam", 100, 1, 3, 0),
-        3: ("sgd_momentum", 100, 1, 3, 0),
-        4: ("sgd", 100, 1, 3, 0),
-        5: ("adadelta", 100, 1, 3, 0),
-        6: ("sgd_momentum", 100, 3, 3, 0),
-        7: ("sgd_momentum", 100, 1, 7, 0),
-        8: ("sgd_momentum", 100, 1, 3, 0.2),
-    }
-    assert {(r.learning_rate, r.batch_size, r.epochs) for r in TEXT_CNN_RUNS.values()} == {
-        (0.01, 50, 100)
-    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -113,7 +91,7 @@ def test_a_text_without_words_has_finite_scores():
 def test_padding_never_gets_a_vector():
     made = network()
     made.start_from(torch.ones(40, 8))
-    optimizer = text_cnn.make_optimizer("sgd", made.parameters(), 0.1)
+    optimizer = torch.optim.SGD(made.parameters(), 0.1)
     made(text_cnn.pad([[3], [4, 5, 6, 7]])).square().sum().backward()
     optimizer.step()
     assert not made.embedding.weight[0].any()
@@ -123,27 +101,10 @@ def test_padding_never_gets_a_vector():
 def test_frozen_vectors_stay():
     made = network(train_vectors=False)
     before = made.embedding.weight.clone()
-    optimizer = text_cnn.make_optimizer("adam", made.parameters(), 0.1)
+    optimizer = torch.optim.Adam(made.parameters(), 0.1)
     made(text_cnn.pad(texts())).square().sum().backward()
     optimizer.step()
     assert torch.equal(made.embedding.weight, before)
-
-
-@pytest.mark.parametrize("kind", ["adam", "sgd", "sgd_momentum", "adadelta"])
-def test_every_optimizer_goes_downhill(kind):
-    made, ids = network(), text_cnn.pad(texts())
-    optimizer = text_cnn.make_optimizer(kind, made.parameters(), 0.01)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = made(ids).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert type(optimizer).__name__.lower() == kind.partition("_")[0]
-    momentum = optimizer.param_groups[0].get("momentum", 0)
-    assert momentum == (0.9 if kind == "sgd_momentum" else 0)
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
@@ -152,7 +113,7 @@ def test_it_overfits_32_rows(pooling):
     labels = torch.tensor([number % 2 for number in range(32)])
     # Texts of no words cannot be told apart.
     kept = (ids != 0).any(1)
-    optimizer = text_cnn.make_optimizer("adam", made.parameters(), 0.02)
+    optimizer = torch.optim.Adam(made.parameters(), 0.02)
     for _ in range(150):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(made(ids[kept]), labels[kept]).backward()
@@ -196,7 +157,7 @@ def test_weights_of_other_settings_are_refused(tmp_path):
     "wrong", [{"filters": 0}, {"sizes": ()}, {"sizes": (0,)}, {"stride": 0}, {"dropout": 1.0}]
 )
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         settings(**wrong)
 
 

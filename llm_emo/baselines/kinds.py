@@ -1,0 +1,156 @@
+"""The specialised models as a recipe names them: its section `method`. No torch here."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from llm_emo.baselines.settings import (
+    EncoderSettings,
+    LinearSettings,
+    RobertaCnnLstmSettings,
+    TextCnnSettings,
+)
+from llm_emo.baselines.speech_settings import (
+    CatSettings,
+    ClassifierSettings,
+    FusionSettings,
+    IltSettings,
+    Noise,
+)
+from llm_emo.sections import Section
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class _Kind(Section):
+    trained: ClassVar[bool] = True
+    """Whether the training loop makes it; the others are fitted in closed form."""
+    whole_batches: ClassVar[bool] = False
+    """Whether batch normalisation sees the rows of a pass together, so that cutting a step into
+    passes or over processes would change the result."""
+    hears: ClassVar[bool] = False
+    """Whether it reads sound."""
+    reads_dialogues: ClassVar[bool] = False
+    """Whether it reads all turns of a dialogue at once; `train.batch_size` counts dialogues."""
+
+
+class Majority(_Kind):
+    """The most frequent class of the training rows, for everything."""
+
+    trained = False
+
+    kind: Literal["majority"]
+    """The method."""
+
+
+class Linear(_Kind):
+    """TF-IDF and logistic regression."""
+
+    trained = False
+
+    kind: Literal["linear"]
+    """The method."""
+    features: LinearSettings
+    """N-grams and penalty."""
+
+
+class TextCnn(_Kind):
+    """A convolution over word vectors (paper 001)."""
+
+    kind: Literal["text_cnn"]
+    """The method."""
+    network: TextCnnSettings
+    """Filters, pooling, dropout."""
+    vectors: Name
+    """`glove-6b-50d` (from the Python package index), or a text file of GloVe or word2vec."""
+    min_count: int = Field(ge=1)
+    """Occurrences in the training texts below which a word is unknown."""
+
+
+class Encoder(_Kind):
+    """A transformers encoder, fine-tuned as a sentence classifier (stage 1 of paper 000)."""
+
+    kind: Literal["encoder"]
+    """The method."""
+    name: Name
+    """`minilm-l6` (from the Python package index), a local folder, or a Hugging Face id."""
+    revision: Name | None = None
+    """Commit or tag of a Hugging Face id; required for one."""
+    pooling: Literal["first", "mean"]
+    """What stands for a text: the state of the classification token, as in paper 000, or the mean
+    over its tokens, as in paper 002."""
+    head: EncoderSettings
+    """Length of a text, dropout."""
+
+
+class RobertaCnnLstm(_Kind):
+    """The dialogue network over an encoder's features (stage 2 of paper 000)."""
+
+    whole_batches = True
+    reads_dialogues = True
+
+    kind: Literal["roberta_cnn_lstm"]
+    """The method."""
+    encoder_run: Name
+    """The finished run of method `encoder` whose features are read; it stays as it is."""
+    network: RobertaCnnLstmSettings
+    """Sizes, dropout, ablations."""
+
+
+class Ilt(_Kind):
+    """An LSTM and a transformer beside each other on log-mels, and its baselines (paper 004)."""
+
+    whole_batches = True
+    hears = True
+
+    kind: Literal["ilt"]
+    """The method."""
+    network: IltSettings
+    """One row of the paper's table 1."""
+    noise: Noise
+    """Copies of the training and dev clips."""
+
+
+class Cat(_Kind):
+    """A CNN and an LSTM that attend to each other, and its baselines (paper 004)."""
+
+    whole_batches = True
+    hears = True
+
+    kind: Literal["cat"]
+    """The method."""
+    network: CatSettings
+    """One row of the paper's table 2."""
+    noise: Noise
+    """Copies of the training and dev clips."""
+
+
+class SpeechEncoder(_Kind):
+    """A transformers speech encoder, fine-tuned (pipeline 1 of paper 002)."""
+
+    hears = True
+
+    kind: Literal["speech_encoder"]
+    """The method."""
+    name: Name
+    """A local folder, or a Hugging Face id: Wav2Vec2, HuBERT, WavLM, Whisper."""
+    revision: Name | None = None
+    """Commit or tag of a Hugging Face id; required for one."""
+    head: ClassifierSettings
+    """Length of a clip, dropout."""
+
+
+class Fusion(_Kind):
+    """Features and class scores of finished runs into four linear layers (paper 002)."""
+
+    kind: Literal["fusion"]
+    """The method."""
+    text_run: Name | None = None
+    """The finished run that reads; without it, the fusion hears only."""
+    audio_run: Name | None = None
+    """The finished run that hears; without it, the fusion reads only."""
+    network: FusionSettings
+    """Sizes, dropout."""
+
+
+Kind = Majority | Linear | TextCnn | Encoder | RobertaCnnLstm | Ilt | Cat | SpeechEncoder | Fusion

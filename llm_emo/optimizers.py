@@ -1,0 +1,31 @@
+"""The optimisers that a recipe can name, with torch's own settings beside the recipe's."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from llm_emo.recipes import Train
+
+MOMENTUM = 0.9
+
+
+def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimiser of a recipe's training section, over the parameters that learn.
+
+    `adamw` is left to transformers, which parts the parameters that decay from those that do not;
+    for the others, `weight_decay` is an L2 penalty on all.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    rate, decay = train.learning_rate, train.weight_decay
+    match train.optimizer:
+        case "adam":
+            return torch.optim.Adam(learning, lr=rate, weight_decay=decay)
+        case "sgd":
+            return torch.optim.SGD(learning, lr=rate, weight_decay=decay)
+        case "sgd_momentum":
+            return torch.optim.SGD(learning, lr=rate, weight_decay=decay, momentum=MOMENTUM)
+        case "adadelta":
+            return torch.optim.Adadelta(learning, lr=rate, weight_decay=decay)
+        case "adamw":
+            raise ValueError("transformers makes this one")
