@@ -15,7 +15,7 @@ Letters: N nodes, E hidden size, H heads, G key-value heads, D head dimension, P
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def write_out(model: nn.Module) -> None:
     """Let every layer of these kinds take passes over a trie in pieces as one function."""
     for module in model.modules():
         if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp):
-            module.forward = MethodType(_forward, module)
+            module.forward = partial(_forward, module)
 
 
 def _is_gated_by_silu(mlp: Any) -> bool:

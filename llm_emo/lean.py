@@ -12,7 +12,7 @@ matrix products. Two layers cost most of what can be saved without touching an a
 In float32 both are what they replace, to rounding.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 def lean(model: nn.Module) -> None:
     """Exchange the forward of every RMSNorm and LoRA layer of `model` that is of the usual form."""
+    # Partials, not methods: those are pickled by their name in a class that has no such method.
     for module in model.modules():
         if _is_rms_norm(module):
-            module.forward = MethodType(_rms_norm, module)
+            module.forward = partial(_rms_norm, module)
         elif type(module) is LoraLinear:
-            module.forward = MethodType(_lora, module)
+            module.forward = partial(_lora, module)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

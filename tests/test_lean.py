@@ -1,6 +1,7 @@
 """Lean layers against those that they replace."""
 
 import copy
+import pickle
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llm_emo import training
 from llm_emo.lean import lean
 
 
@@ -55,6 +57,20 @@ def test_a_norm_that_learns_is_left_as_it_is():
     own = leaned(usual)
     own(torch.randn(3, 24)).sum().backward()
     assert own.weight.grad is not None
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_an_adapted_model_has_twins_that_stand_on_their_own(method, twin_of):
+    made, rows = tiny.adapted("llama", method), tiny.encoded(5)
+    twin = twin_of(made)
+    with torch.no_grad():
+        before = training.answer_loss(made, training.collate(rows))
+        assert torch.equal(training.answer_loss(twin, training.collate(rows)), before)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert training.answer_loss(twin, training.collate(rows)) != before
+        assert training.answer_loss(made, training.collate(rows)) == before
 
 
 class Two(nn.Module):
