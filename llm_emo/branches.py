@@ -1,10 +1,11 @@
 """Attention over a trie in pieces: a trunk, and the branches that hang on it.
 
 A dense mask over N nodes computes N x N scores, most of them between texts that have nothing in
-common. Cut every largest subtree of at most W nodes off: each is a row of W queries, which attend
-to the trunk and to the row itself. What is left is the trunk; its T nodes fill rows of their own,
-W to a row, which attend to the trunk alone. With R rows that is R x W x (T + W) scores, every
-visible one among them, so the result is the same.
+common. Cut every largest subtree of at most W nodes off, and lay these branches into rows of W
+queries, as many into a row as fit; a row's queries attend to the trunk and to the row, in which a
+mask keeps branches apart. What is left is the trunk; its T nodes fill what room the rows have left
+and rows of their own, and attend to the trunk alone. With R rows that is R x W x (T + W) scores,
+every visible one among them, so the result is the same.
 
 Letters: N nodes, T trunk, R rows, W their width, M = R x W places in rows, P prefix length,
 S = P + T what stands above the rows, C columns of a query's scores, H heads, G key-value heads,
@@ -12,6 +13,8 @@ F = H / G, D head dimension.
 """
 
 import dataclasses
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,7 @@ SHARE = 0.7
 """Of the dense scores: a cut that leaves more of them is not worth its gathering."""
 
 WIDTHS = 48
-"""How many widths are tried; of more, evenly spaced ones."""
+"""For how many widths at most branches are laid into rows, those first that promise most."""
 
 COLUMNS = 32
 """Columns are filled up to a multiple of this: softmax in bfloat16 is slow over a ragged end."""
@@ -33,10 +36,9 @@ COLUMNS = 32
 class Branches:
     """A trie cut into pieces.
 
-    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their
-    branch's root, or the trunk's last node. `place` (N,) says where a node is among the M places.
-    `above` (M, T) and `beside` (M, W) say what a place's query sees of the trunk and of its own
-    row.
+    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their row's
+    first. `place` (N,) says where a node is among the M places. `above` (M, T) and `beside` (M, W)
+    say what a place's query sees of the trunk and of its own row.
     """
 
     trunk: Tensor
@@ -53,30 +55,31 @@ class Branches:
             exit: The node behind each node's subtree, shape (N,).
             above: The size of the subtree of each node's parent, shape (N,); without one, more
                 than `width`.
-            width: W at most.
+            width: W.
         """
         node = torch.arange(len(exit))
         size = exit - node
-        trunk, roots = node[size > width], node[(size <= width) & (above > width)]
-        offset = torch.arange(int(size[roots].max()))
-        inside = offset < size[roots][:, None]
-        hanging = torch.where(inside, roots[:, None] + offset, roots[:, None])
-        lying = trunk.new_empty(-(-len(trunk) // len(offset)) * len(offset))
-        lying[: len(trunk)] = trunk
-        lying[len(trunk) :] = trunk[-1:]
-        rows = torch.cat([hanging, lying.view(-1, len(offset))])
+        cut = size <= width
+        trunk, roots = node[~cut], node[cut & (above > width)]
+        starts, full = _laid(size[roots].tolist(), width)
+        rows = max(full, -(-len(exit) // width))
 
         place = torch.empty_like(node)
-        places = torch.arange(rows.numel()).view_as(rows)
-        place[hanging[inside]] = places[: len(roots)][inside]
-        place[trunk] = places[len(roots) :].flatten()[: len(trunk)]
-        query = rows.flatten()[:, None]
-        beside = torch.zeros(len(rows), len(offset), len(offset), dtype=torch.bool)
-        beside[: len(roots)] = _sees(hanging[..., None], hanging[:, None], exit)
-        # As a query the root behind a row's end sees itself, so that no softmax is empty; as a key
-        # nobody sees it a second time.
-        beside[: len(roots)] &= inside[:, None]
-        return cls(trunk, rows, place, _sees(query, trunk, exit), beside.flatten(0, 1))
+        # A branch's nodes follow each other, in numbers as in places.
+        place[cut] = node[cut] + (torch.tensor(starts) - roots).repeat_interleave(size[roots])
+        key = torch.zeros(rows * width, dtype=torch.bool)
+        key[place[cut]] = True
+        place[trunk] = (~key).nonzero()[: len(trunk), 0]
+
+        query = torch.full((rows * width,), -1)
+        query[place] = node
+        query = query.view(rows, width)
+        # Such a query sees the first node of its row, so that no softmax is empty; as a key nobody
+        # sees it a second time, nor the trunk.
+        query = torch.where(query < 0, query[:, :1], query)
+        beside = _sees(query[..., None], query[:, None], exit) & key.view(rows, 1, width)
+        above_ = _sees(query.flatten()[:, None], trunk, exit)
+        return cls(trunk, query, place, above_, beside.flatten(0, 1))
 
     @property
     def scores(self) -> int:
@@ -109,6 +112,26 @@ def _sees(query: Tensor, key: Tensor, exit: Tensor) -> Tensor:
     return (key <= query) & (query < exit[key])
 
 
+def _laid(sizes: Sequence[int], width: int) -> tuple[list[int], int]:
+    """Lay branches into rows of `width`: largest first, each where the least room stays.
+
+    Returns the place at which each begins, and the number of rows.
+    """
+    starts, rows = [0] * len(sizes), 0
+    room: list[tuple[int, int]] = []  # what is left of a row, and the row
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size = sizes[number]
+        at = bisect_left(room, (size, 0))
+        if at < len(room):
+            left, row = room.pop(at)
+        else:
+            left, row, rows = width, rows, rows + 1
+        starts[number] = (row + 1) * width - left
+        if left > size:
+            insort(room, (left - size, row))
+    return starts, rows
+
+
 def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
     """Return the cut with the fewest scores, or None where the dense mask is about as good.
 
@@ -121,17 +144,19 @@ def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
     inner = nodes[:, 1:] >= 0
     above[nodes[:, 1:][inner]] = size[nodes[:, :-1][inner]]
     sizes, parents = size.numpy(), above.numpy()
-    widths = np.unique(sizes)
-    widths = widths[widths < len(exit)]
-    if len(widths) > WIDTHS:
-        widths = widths[np.linspace(0, len(widths) - 1, WIDTHS).astype(int)]
+    widths = np.arange(1, len(exit))
+    trunks = len(exit) - np.searchsorted(np.sort(sizes), widths, "right")
+    scores = widths * (trunks + widths)  # of a row
+    fewest_rows = -(-len(exit) // widths)
     best, fewest = None, SHARE * len(exit) ** 2
-    for width in widths.tolist():
-        trunk = int((sizes > width).sum())
-        rows = int(((sizes <= width) & (parents > width)).sum()) - (-trunk // width)
-        scores = rows * width * (trunk + width)
-        if scores < fewest:
-            best, fewest = width, scores
+    for at in np.argsort(fewest_rows * scores, kind="stable")[:WIDTHS].tolist():
+        if fewest_rows[at] * scores[at] >= fewest:
+            break
+        width = int(widths[at])
+        _, rows = _laid(sizes[(sizes <= width) & (parents > width)].tolist(), width)
+        found = max(rows, int(fewest_rows[at])) * int(scores[at])
+        if found < fewest:
+            best, fewest = width, found
     return None if best is None else Branches.cut(exit, above, best)
 
 

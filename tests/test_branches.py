@@ -81,6 +81,31 @@ def test_a_cut_holds_every_node_once_and_every_visible_pair_once(trie, width):
     assert torch.equal(found, trie.allowed().long())
 
 
+@given(width=st.integers(1, 12), drawn=st.data())
+def test_branches_lie_apart_inside_rows_of_which_no_two_fit_into_one(width, drawn):
+    sizes = drawn.draw(st.lists(st.integers(1, width), min_size=1, max_size=12))
+    starts, rows = branches._laid(sizes, width)
+    taken = [start + at for start, size in zip(starts, sizes, strict=True) for at in range(size)]
+    assert len(set(taken)) == len(taken)
+    filled = [0] * rows
+    for start, size in zip(starts, sizes, strict=True):
+        assert start // width == (start + size - 1) // width
+        filled[start // width] += size
+    assert all(filled)
+    assert all(a + b > width for a, b in itertools.combinations(filled, 2))
+
+
+@settings(deadline=None)
+@given(trie=tries, width=st.integers(1, 12))
+def test_the_trunk_takes_a_row_of_its_own_only_where_branches_leave_no_room(trie, width):
+    cut = pieces(trie, width)
+    rows = cut.place // width
+    branch = torch.ones(len(trie), dtype=torch.bool)
+    branch[cut.trunk] = False
+    own = len(cut.rows) - len(rows[branch].unique())
+    assert own == 0 or (len(cut.rows) - 1) * width < len(trie)
+
+
 def batch(rows: int = 8, shared: int = 12) -> TokenTrie:
     return TokenTrie.build([r.prompt + r.answer for r in tiny.encoded(rows, shared=shared)])
 
