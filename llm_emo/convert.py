@@ -30,6 +30,7 @@ from llm_emo.fetch import sha256_of
 from llm_emo.folders import appearing
 from llm_emo.models import chatglm2, chatglm2_checks, chatglm2_tokenizer, weights
 from llm_emo.models.chatglm2 import Layout
+from llm_emo.models.source import read_json
 
 To = Literal["native", "chatglm2"]
 
@@ -170,7 +171,7 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: has no config.json; name the folder of a ChatGLM2 checkpoint, with its "
             "config.json, weights and tokenizer.model"
         )
-    return weights.read_json(path)
+    return read_json(path)
 
 
 def _open(

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,6 +104,7 @@ class Encoder:
         names = sorted(self._control, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self._frames: dict[str | None, _Frame] = {}
+        self._written: dict[str, str] = {}
         # A tokenizer is set up anew from call to call, so that it serves one thread at a time.
         self._turn = threading.Lock()
 
@@ -114,15 +115,32 @@ class Encoder:
         turns.append({"role": "user", "content": user})
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
-        # Reasoning models answer at once when told so; other templates ignore the switch.
-        return str(
-            self.tokenizer.apply_chat_template(
+        key = self.chat_key(turns, answer is None)
+        if key not in self._written:
+            # Reasoning models answer at once when told so; other templates ignore the switch.
+            written = self.tokenizer.apply_chat_template(
                 turns,
                 tokenize=False,
                 add_generation_prompt=answer is None,
                 enable_thinking=False,
             )
-        )
+            self._written[key] = str(written)
+        return self._written[key]
+
+    @staticmethod
+    def chat_key(turns: Sequence[Mapping[str, str]], asks: bool) -> str:
+        """Return a name for a chat, and for whether its template asks for an answer."""
+        return json.dumps([turns, asks])
+
+    def chats(self, system: str | None) -> dict[str, str]:
+        """Return the few chats that it takes to encode rows of a system turn, and of none.
+
+        They are as the template writes them, by `chat_key`.
+        """
+        for turn in (None, system):
+            self._frame(turn)
+        _ = self.end
+        return dict(self._written)
 
     def _parts(self, text: str) -> tuple[int | str, ...]:
         """Split template text into the ids of control tokens and plain strings."""
@@ -342,9 +360,12 @@ class Encoder:
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of what turns text into ids: the tokenizer and its chat template."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()), ensure_ascii=False)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        model = backend.to_str() if backend is not None else vocabulary
+        if backend is None:
+            words = sorted(self.tokenizer.get_vocab().items())
+            model = json.dumps(words, ensure_ascii=False)
+        else:
+            model = backend.to_str()
         frame = self._frame(None)
         return {
             # Truncation and padding are the caller's passing wishes, not the tokenizer's nature.

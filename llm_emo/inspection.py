@@ -6,15 +6,17 @@ from typing import Any
 from llm_emo import recipes
 from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoder
-from llm_emo.experiment import Experiment
-from llm_emo.models import auto
+from llm_emo.experiment import Experiment, dialogues_of
+from llm_emo.models import facts
+from llm_emo.models.source import locate
 from llm_emo.protocols import leaks
-from llm_emo.steps import dialogues_of
 from llm_emo.types import SPLITS, Split
 
 
 def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
     """Encode every split that the recipe needs; return what was found, lengths in tokens.
+
+    What transformers says of a local model is kept, so that only the first check loads it.
 
     Raises:
         ModelError: model and tokenizer cannot be used, or not together, or the method names
@@ -23,11 +25,26 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         ProtocolError: a split that training needs is empty.
         RecipeError: training batches by dialogue, and the corpus has none.
     """
-    recipe, encoder = experiment.recipe, _encoder(experiment)
+    recipe = experiment.recipe
+    name, _ = locate(recipe.model)
+    # A hub model may have changed since, which only the hub can tell.
+    place = (
+        None if recipe.model.origin == "hub" else facts.place(Path(name), experiment.prompt.system)
+    )
+    known = None if place is None else facts.recall(place, name)
+    if known is None or known.tokenizer is None:
+        encoder = _encoder(experiment)
+    else:
+        encoder = Encoder(known.tokenizer, recipe.prompt.max_length)
     dialogues_of(experiment)  # raises where there are none to batch by
-    model = auto.sketch(recipe.model)
+    if known is None:
+        from llm_emo.models import auto  # loads torch and transformers
+
+        shape = auto.shape(auto.sketch(recipe.model))
+    else:
+        shape = known.shape
     if isinstance(recipe.method, recipes.Lora):
-        auto.require_linear(model, recipe.method.target_modules)
+        facts.require_linear(shape.kind, shape.linear, recipe.method.target_modules)
     result: dict[str, Any] = {
         "recipe": str(source),
         "protocol": experiment.protocol.name,
@@ -40,7 +57,7 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         if not needed and not getattr(experiment.splits, split):
             continue
         rows = encoded(encoder, experiment.examples(split))
-        auto.require_known(recipe.model.name, model, rows)
+        facts.require_known(recipe.model.name, shape.words, rows)
         lengths = sorted(len(row.prompt) + len(row.answer) for row in rows)
         result["splits"][split] = {
             "rows": len(rows),
@@ -50,6 +67,8 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         }
     if experiment.splits.train and experiment.splits.test:
         result["test_texts_in_train"] = len(leaks(experiment.splits.train, experiment.splits.test))
+    if known is None and place is not None:
+        facts.keep(place, shape, encoder, experiment.prompt.system)
     return result
 
 
@@ -73,5 +92,7 @@ def examples(experiment: Experiment, split: Split, count: int) -> list[dict[str,
 
 
 def _encoder(experiment: Experiment) -> Encoder:
+    from llm_emo.models import auto  # loads torch and transformers
+
     recipe = experiment.recipe
     return Encoder(auto.load_tokenizer(recipe.model), recipe.prompt.max_length)

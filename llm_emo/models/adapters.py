@@ -24,7 +24,7 @@ from llm_emo import methods, recipes
 from llm_emo.errors import AdapterError, ModelError
 from llm_emo.fetch import sha256_of
 from llm_emo.machine import say
-from llm_emo.models import weights
+from llm_emo.models.source import read_json
 
 CONFIG_FILE = "adapter_config.json"
 Kind = Literal["lora", "p_tuning_v2"]
@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{folder}: no adapter: it holds no {CONFIG_FILE}")
     try:
-        return weights.read_json(path)
+        return read_json(path)
     except ModelError as error:
         raise AdapterError(str(error)) from error
 

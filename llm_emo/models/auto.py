@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -17,8 +18,9 @@ from transformers.utils import logging
 
 from llm_emo import attention, recipes
 from llm_emo.encoding import Encoded
-from llm_emo.errors import JobFailed, ModelError, nearest
-from llm_emo.models import bundled, weights
+from llm_emo.errors import JobFailed, ModelError
+from llm_emo.models import facts
+from llm_emo.models.source import locate, revision
 
 # Of the config, what a user may change without changing the function that is computed.
 _VOLATILE = (
@@ -93,7 +95,7 @@ def weight_files(spec: recipes.Model, commit: str | None) -> list[Path]:
         spec: The recipe's model.
         commit: Of a hub model, the commit that its revision stands for.
     """
-    source, _ = _source(spec)
+    source, _ = locate(spec)
 
     def find(name: str) -> Path | None:
         if spec.origin != "hub":
@@ -151,7 +153,7 @@ def load_tokenizer(spec: recipes.Model) -> Any:
     Raises:
         ModelError: there is no tokenizer at this name.
     """
-    source, arguments = _source(spec)
+    source, arguments = locate(spec)
     with _explained(spec):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **arguments)
 
@@ -163,7 +165,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
         ModelError: absent, unreadable, of an unknown architecture, or in need of remote code.
         JobFailed: the hub cannot be reached.
     """
-    source, arguments = _source(spec)
+    source, arguments = locate(spec)
     where, dtype = device(), dtype_of(spec, method)
     if not sys.stderr.isatty():  # in a log file a bar is noise
         logging.disable_progress_bar()
@@ -173,7 +175,7 @@ def load(spec: recipes.Model, method: recipes.Method) -> Base:
         arguments["quantization_config"] = quantised.config(spec.quantization, dtype)
     tokenizer = load_tokenizer(spec)
     with _explained(spec):
-        AutoConfig.from_pretrained(source, trust_remote_code=False, **_revision(spec))
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **revision(spec))
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -204,10 +206,19 @@ def sketch(spec: recipes.Model) -> PreTrainedModel:
         ModelError: absent, of an unknown architecture, or in need of remote code.
         JobFailed: the hub cannot be reached.
     """
-    source, arguments = _source(spec)
+    source, arguments = locate(spec)
     with _explained(spec), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def shape(model: nn.Module) -> facts.Shape:
+    """Return what a check holds a recipe against."""
+    return facts.Shape(
+        kind=model.config.model_type,  # type: ignore[union-attr, arg-type]
+        words=model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
+        linear=_linear(model),
+    )
 
 
 def require_linear(model: nn.Module, names: Sequence[str]) -> None:
@@ -216,18 +227,7 @@ def require_linear(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ModelError: it has not; the message names those that it has.
     """
-    linear = {
-        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
-    missing = [name for name in names if name not in linear]
-    if missing:
-        kind = model.config.model_type  # type: ignore[union-attr]
-        raise ModelError(
-            f"method.target_modules: {kind} has no linear module called {', '.join(missing)}; "
-            f"{nearest(missing[0], linear)}"
-            + ("; ChatGLM2's query_key_value is q_proj, k_proj and v_proj here"
-               if "query_key_value" in missing and "q_proj" in linear else "")
-        )  # fmt: skip
+    facts.require_linear(model.config.model_type, _linear(model), names)  # type: ignore[union-attr, arg-type]
 
 
 def require_known(name: str, model: nn.Module, rows: Iterable[Encoded]) -> None:
@@ -236,43 +236,18 @@ def require_known(name: str, model: nn.Module, rows: Iterable[Encoded]) -> None:
     Raises:
         ModelError: it has not.
     """
-    words = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max((max(row.prompt + row.answer) for row in rows), default=0)
-    if largest >= words:
-        raise ModelError(
-            f"{name}: its tokenizer gives token {largest}, but the model knows {words} tokens; "
-            "the tokenizer belongs to another model"
-        )
+    facts.require_known(name, model.get_input_embeddings().num_embeddings, rows)  # type: ignore[operator]
 
 
-def _revision(spec: recipes.Model) -> dict[str, Any]:
-    return {"revision": spec.revision} if spec.origin == "hub" else {"local_files_only": True}
+def _linear(model: nn.Module) -> tuple[str, ...]:
+    """Return the last names of all linear layers, sorted."""
+    layers = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return tuple(sorted({name.rpartition(".")[2] for name in layers}))
 
 
-def _source(spec: recipes.Model) -> tuple[str, dict[str, Any]]:
-    match spec.origin:
-        case "bundled":
-            return str(bundled.folder()), _revision(spec)
-        case "folder":
-            folder = Path(spec.name).expanduser()
-            if not (folder / "config.json").is_file():
-                raise ModelError(
-                    f"model.name: {spec.name!r} is no folder with a config.json; name a local "
-                    f"model folder, {recipes.BUNDLED_MODEL!r} (bundled), or a Hugging Face id "
-                    "with model.revision. ChatGLM2-6B: `llm-emo convert CHECKPOINT -o FOLDER` "
-                    "once, then --set model.name=FOLDER"
-                )
-            if weights.read_json(folder / "config.json").get("model_type") == "chatglm":
-                raise ModelError(
-                    f"{folder}: is in the layout of the original's code, which is never run here; "
-                    f"`llm-emo convert {folder} -o FOLDER` once, then --set model.name=FOLDER"
-                )
-            return str(folder), _revision(spec)
-        case "hub":
-            return spec.name, _revision(spec)
-
-
-_EXPECTED = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_EXPECTED = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 class _explained:  # reads as a statement: `with _explained(spec)`

@@ -9,6 +9,7 @@ from llm_emo.fetch import sha256_of
 from llm_emo.folders import appearing
 from llm_emo.models import adapters, chatglm2_lora, chatglm2_prefix, weights
 from llm_emo.models.chatglm2 import CHATGLM2_6B, PREFIX_ENCODER, Layout
+from llm_emo.models.source import read_json
 
 
 def kind(source: Path) -> adapters.Kind | None:
@@ -171,7 +172,7 @@ def read_layout(folder: Path) -> Layout:
     path = folder / "config.json"
     if not path.is_file():
         raise AdapterError(f"{path}: no such file; name the folder of the base model")
-    config = weights.read_json(path)
+    config = read_json(path)
     if config.get("model_type") == "glm":
         return Layout.from_native(config, folder)
     return Layout.from_original(config, folder)

@@ -25,7 +25,7 @@ from llm_emo.machine import say
 from llm_emo.models import adapters
 from llm_emo.models.chatglm2 import PREFIX_ENCODER, Layout
 from llm_emo.models.prefix import PTuningV2Model
-from llm_emo.models.weights import read_json
+from llm_emo.models.source import read_json
 
 _NAMES = {
     "embedding.weight": "encoder.embedding.weight",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -55,7 +56,7 @@ def config_of(spec: recipes.Model) -> tuple[Any, bool]:
             return AutoConfig.for_model(**CHATGLM2_6B.native_config()), True
     try:
         found = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         auto.load_tokenizer(spec)  # says in one message what is wrong with the folder or the hub
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{spec.name}: its config.json cannot be read: {reason}") from error

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm_emo.errors import ModelError
+from llm_emo.models.source import AGAIN, read_json
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Names of tensors with their dtypes and shapes."""
@@ -36,7 +37,6 @@ _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
 }  # fmt: skip
 _LFS = b"version https://git-lfs"
-_AGAIN = "download or write it again"
 _CHUNK = 1 << 22
 
 
@@ -81,7 +81,7 @@ def names_in(index: Path) -> dict[str, str]:
     """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ModelError(f"{index}: has no weight_map of tensors to files; {_AGAIN}")
+        raise ModelError(f"{index}: has no weight_map of tensors to files; {AGAIN}")
     if outside := [name for name in where.values() if Path(name).name != name]:
         raise ModelError(f"{index}: names {outside[0]!r}, which is no file of its own folder")
     return where
@@ -123,21 +123,6 @@ def _indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        ModelError: it cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds no JSON object; {_AGAIN}")
-    return value
-
-
 def size_of(specs: Specs) -> int:
     """Return the bytes of tensors, without the header of a file."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
@@ -161,7 +146,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path}: is truncated or damaged ({path.stat().st_size:,} bytes; {_short(error)}); "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         ) from error
 
 
@@ -170,7 +155,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         magic = stream.read(4)
     if magic != b"PK\x03\x04":
         raise ModelError(
-            f"{path}: is no file that torch.save has written since version 1.6; {_AGAIN}, or "
+            f"{path}: is no file that torch.save has written since version 1.6; {AGAIN}, or "
             "store it again as safetensors"
         )
     try:
@@ -213,10 +198,10 @@ def verify(path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
                 summed = any(record.CRC for record in archive.infolist())
                 damaged = archive.testzip() if summed else None
         except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-            raise ModelError(f"{path}: is truncated or damaged ({error}); {_AGAIN}") from error
+            raise ModelError(f"{path}: is truncated or damaged ({error}); {AGAIN}") from error
         if damaged is not None:
             raise ModelError(
-                f"{path}: is damaged: the checksum of its record {damaged} differs; {_AGAIN}"
+                f"{path}: is damaged: the checksum of its record {damaged} differs; {AGAIN}"
             )
     digest = hashlib.sha256()
     with path.open("rb") as stream:
