@@ -26,12 +26,8 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         RecipeError: training batches by dialogue, and the corpus has none.
     """
     recipe = experiment.recipe
-    name, _ = locate(recipe.model)
-    # A hub model may have changed since, which only the hub can tell.
-    place = (
-        None if recipe.model.origin == "hub" else facts.place(Path(name), experiment.prompt.system)
-    )
-    known = None if place is None else facts.recall(place, name)
+    place = _place(experiment)
+    known = None if place is None else facts.recall(place)
     if known is None or known.tokenizer is None:
         encoder = _encoder(experiment)
     else:
@@ -68,8 +64,29 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
     if experiment.splits.train and experiment.splits.test:
         result["test_texts_in_train"] = len(leaks(experiment.splits.train, experiment.splits.test))
     if known is None and place is not None:
-        facts.keep(place, shape, encoder, experiment.prompt.system)
+        facts.keep(place, shape, encoder)
     return result
+
+
+def remember(experiment: Experiment, encoder: Encoder) -> None:
+    """Keep what a check of the bundled model will ask, while transformers is loaded anyway.
+
+    Args:
+        experiment: Of any recipe.
+        encoder: Of the recipe's model.
+    """
+    if experiment.recipe.model.origin != "bundled":
+        return
+    place = _place(experiment)
+    if place is None or place.file.exists():
+        return
+    import torch
+
+    from llm_emo.models import auto
+
+    with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on a cache
+        shape = auto.shape(auto.sketch(experiment.recipe.model))
+    facts.keep(place, shape, encoder)
 
 
 def examples(experiment: Experiment, split: Split, count: int) -> list[dict[str, Any]]:
@@ -89,6 +106,17 @@ def examples(experiment: Experiment, split: Split, count: int) -> list[dict[str,
         }
         for example, row in zip(rendered, encoder.encode(rendered), strict=True)
     ]
+
+
+def _place(experiment: Experiment) -> facts.Place | None:
+    """Return where the facts of a recipe's model are kept; None where they cannot be.
+
+    A hub model may have changed since, which only the hub can tell.
+    """
+    name, _ = locate(experiment.recipe.model)
+    if experiment.recipe.model.origin == "hub":
+        return None
+    return facts.place(Path(name), experiment.prompt.system)
 
 
 def _encoder(experiment: Experiment) -> Encoder:

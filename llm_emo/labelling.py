@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import set_seed
 
-from llm_emo import methods, parsing, recipes, runs
+from llm_emo import inspection, methods, parsing, recipes, runs
 from llm_emo.encoding import Encoder
 from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
@@ -142,6 +142,7 @@ def open_labeller(experiment: Experiment, trained: runs.Run | Foreign | None = N
     set_seed(recipe.seed)
     base = auto.load(recipe.model, recipe.method)
     encoder = Encoder(base.tokenizer, recipe.prompt.max_length)
+    inspection.remember(experiment, encoder)
     prefix_ids: Sequence[int] = ()
     match recipe.method:
         case recipes.PTuningV2(init_text=str(text)):

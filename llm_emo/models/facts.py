@@ -66,6 +66,18 @@ class Facts:
     tokenizer: "Kept | None"
 
 
+@dataclass(frozen=True)
+class Place:
+    """The file that facts are kept in, and what they are about.
+
+    `system` is the system turn of the recipe's prompt, which a template may show.
+    """
+
+    folder: Path
+    system: str | None
+    file: Path
+
+
 class Kept:
     """What an `Encoder` asks of a tokenizer when it encodes, without transformers.
 
@@ -150,13 +162,8 @@ def require_known(name: str, words: int, rows: Iterable[Encoded]) -> None:
 # --- the cache folder -----------------------------------------------------------------------------
 
 
-def place(folder: Path, system: str | None) -> Path | None:
-    """Return the file that the facts of a local model are kept in; None where none can be.
-
-    Args:
-        folder: The model's folder.
-        system: The system turn of the recipe's prompt, which a template may show.
-    """
+def place(folder: Path, system: str | None) -> Place | None:
+    """Return where the facts of the model in `folder` are kept; None where they cannot be."""
     try:
         files = [
             path
@@ -172,42 +179,37 @@ def place(folder: Path, system: str | None) -> Path | None:
         }
         text = json.dumps(parts, sort_keys=True)
         name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return fetch.cache_dir() / "facts" / name
+        return Place(folder, system, fetch.cache_dir() / "facts" / name)
     except (OSError, JobFailed):
         return None
 
 
-def recall(path: Path, name: str) -> Facts | None:
-    """Return what is kept in a file; None where it is absent or damaged.
-
-    Args:
-        path: The file.
-        name: The model's folder.
-    """
+def recall(place: Place) -> Facts | None:
+    """Return what is kept; None where the file is absent or damaged."""
     try:
-        digest, _, body = path.read_bytes().partition(b"\n")
+        digest, _, body = place.file.read_bytes().partition(b"\n")
     except OSError:
         return None
     if hashlib.sha256(body).hexdigest().encode() != digest:
         return None
     with contextlib.suppress(OSError):  # somebody else's file can be read all the same
-        os.utime(path)  # used just now
+        os.utime(place.file)  # used just now
     kept = json.loads(body)
     shape = Shape(kept["kind"], kept["words"], tuple(kept["linear"]))
     content = kept["tokenizer"]
-    return Facts(shape, None if content is None else Kept(name, content))
+    return Facts(shape, None if content is None else Kept(str(place.folder), content))
 
 
-def keep(path: Path, shape: Shape, encoder: Encoder, system: str | None) -> None:
+def keep(place: Place, shape: Shape, encoder: Encoder) -> None:
     """Write down what was found; where the cache folder cannot be written, nothing is.
 
     Args:
-        path: The file.
+        place: Where.
         shape: The model's.
         encoder: Of the model's own tokenizer.
-        system: The system turn of the recipe's prompt.
     """
-    body = json.dumps({**asdict(shape), "tokenizer": _content(encoder, system)}).encode()
+    path = place.file
+    body = json.dumps({**asdict(shape), "tokenizer": _content(encoder, place.system)}).encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # nothing is lost but the seconds that asking takes
         path.parent.mkdir(exist_ok=True)

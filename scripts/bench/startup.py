@@ -5,7 +5,8 @@
 Each is a command as a user types it, in a process of its own, on the wall clock from its start:
 `--help` and `check` to their end, `train` until the first step's loss stands in the run's log,
 after which it is ended. Everything that is fetched once (the bundled model, the corpus) is fetched
-before. The first round is not counted: it fills the system's file cache.
+before. The first round is not counted: it fills the system's file cache, and keeps what a check
+asks of the model, as loading the model for training does.
 """
 
 import argparse

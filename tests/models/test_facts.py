@@ -9,15 +9,16 @@ import chatglm2_tokens
 import program
 import pytest
 import tiny
+import torch
 from hypothesis import example as also
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llm_emo import encoded_rows, fetch
+from llm_emo import encoded_rows, fetch, inspection, opening, recipes
 from llm_emo.encoding import Encoder
 from llm_emo.errors import ModelError
-from llm_emo.models import auto, chatglm2_tokenizer, facts
+from llm_emo.models import auto, bundled, chatglm2_tokenizer, facts
 
 CONTROLS = (*tiny.CONTROL, *tiny.MARKS, "[gMASK]", "sop", "</s>", "<unk>")
 
@@ -112,8 +113,8 @@ def test_a_shape_is_that_of_the_model(architecture, tmp_path, monkeypatch):
     encoder = Encoder(tiny.tokenizer(), 64)
     program.save_model(tmp_path / "model")
     place = facts.place(tmp_path / "model", None)
-    facts.keep(place, auto.shape(model), encoder, None)
-    shape = facts.recall(place, "model").shape
+    facts.keep(place, auto.shape(model), encoder)
+    shape = facts.recall(place).shape
     assert shape == auto.shape(model)
     assert (shape.kind, shape.words) == (model.config.model_type, tiny.VOCAB)
     with pytest.raises(ModelError) as by_model:
@@ -274,7 +275,7 @@ def test_only_the_newest_facts_are_kept(cache, model, monkeypatch):
         (model / f"note-{number}.txt").touch()
         check(model).ok()
     assert len(list(cache.iterdir())) == 2
-    assert facts.place(model, None) in cache.iterdir()
+    assert facts.place(model, None).file in cache.iterdir()
 
 
 SCRIPT = """
@@ -302,6 +303,24 @@ def loaded_by(*arguments):
 def test_a_second_check_loads_neither_torch_nor_transformers_nor_datasets(cache, model):
     check(model, recipe="vader/lora").ok()
     assert loaded_by("check", "vader/lora", *program.on(model)) == "loaded:"
+
+
+def test_loading_the_bundled_model_spares_its_first_check_the_imports(
+    cache, model, monkeypatch, asked
+):
+    monkeypatch.setattr(bundled, "folder", lambda: model)
+    options = program.on(recipes.BUNDLED_MODEL)
+    root = Path(options[1])
+    made, _ = opening.from_recipe("mastodon/lora", options[3::2], root)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    inspection.remember(made, Encoder(auto.load_tokenizer(made.recipe.model), 64))
+    assert torch.equal(torch.get_rng_state(), state), "a cache must not change what is drawn"
+    count = len(asked)
+    first = program.call("check", "mastodon/lora", *options, "--json").ok()
+    assert len(asked) == count
+    shutil.rmtree(cache)
+    assert program.call("check", "mastodon/lora", *options, "--json").ok() == first
 
 
 @pytest.mark.slow
