@@ -1,40 +1,49 @@
-"""Stage 1 of paper 000: an encoder as sentence classifier, and the features that it gives.
+"""Text encoders as sentence classifiers, and the features that they give.
 
-Section 3.1: an utterance is [CLS] u_1 ... u_N; its feature vector is the concatenation of the
-activations of the last four layers at [CLS], 4 x 1024 = 4096 for roberta-large. Any encoder of
-transformers will do that puts a classification token in front. Where the paper is silent:
+`first`, stage 1 of paper 000, section 3.1: an utterance is [CLS] u_1 ... u_N; its feature vector is
+the concatenation of the activations of the last four layers at [CLS], 4 x 1024 = 4096 for
+roberta-large. `mean`, pipeline 2 of paper 002: its feature vector is the mean of the last layer
+over its tokens, and one linear layer gives the classes. Any encoder of transformers will do that
+puts a classification token in front. Where the papers are silent:
 
-- The classification head is RoBERTa's own: dropout, dense, tanh, dropout, linear, over the last
-  layer at [CLS].
+- The classification head of `first` is RoBERTa's own: dropout, dense, tanh, dropout, linear, over
+  the last layer at [CLS].
 - The four layers are joined in their order, the last one last.
 - [SEP] stands behind the utterance, as every such tokenizer puts it; what a user writes is never
   read as a control token.
 - A pooler, which some checkpoints have beyond their last layer, is left away: it would be
   parameters without a gradient.
+
+Letters: B texts, T tokens, H hidden units, F features (4H or H), C classes.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from llm_emo.baselines import minilm
+from llm_emo.baselines.acoustic import mean_over_time
 from llm_emo.baselines.settings import EncoderSettings
 from llm_emo.errors import JobFailed, ModelError
 
 Floats = np.typing.NDArray[np.float32]
 
+Pooling = Literal["first", "mean"]
+
 LAYERS = 4
 """Layers whose [CLS] is part of the features."""
 
 
-class SentenceClassifier(nn.Module):
-    """An encoder with a classification head; logits from `forward`, features from `features`.
+class FirstClassifier(nn.Module):
+    """An encoder, and RoBERTa's classification head over its classification token.
 
     Args:
         encoder: of H hidden units and at least four layers.
@@ -53,27 +62,73 @@ class SentenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the class scores, shape (B, C), of token ids and their mask, shape (B, T)."""
         last = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        first = self.dense(self.dropout(last[:, 0])).tanh()  # (B, H)
-        logits: Tensor = self.output(self.dropout(first))
-        return logits
+        return self._classes(last[:, 0])
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return [CLS] of the last four layers, shape (B, 4H)."""
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [CLS] of the last four layers, shape (B, 4H), and the class scores, (B, C)."""
         states = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
         ).hidden_states
-        return torch.cat([state[:, 0] for state in states[-LAYERS:]], dim=1)
+        features = torch.cat([state[:, 0] for state in states[-LAYERS:]], dim=1)
+        return features, self._classes(states[-1][:, 0])
+
+    def _classes(self, first: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.dropout(self.dense(self.dropout(first)).tanh()))
+        return logits
+
+
+class MeanClassifier(nn.Module):
+    """An encoder, the mean of its last layer over a text's tokens, and one linear layer.
+
+    Args: as `FirstClassifier`.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, settings: EncoderSettings, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(settings.dropout)
+        self.output = nn.Linear(encoder.config.hidden_size, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the class scores, shape (B, C), of token ids and their mask, shape (B, T)."""
+        return self.encode(input_ids, attention_mask)[1]
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean over the tokens, shape (B, H), and the class scores, (B, C)."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        features = mean_over_time(states, attention_mask.sum(1))
+        return features, self.output(self.dropout(features))
+
+
+Network = FirstClassifier | MeanClassifier
+
+
+def network(
+    encoder: PreTrainedModel, settings: EncoderSettings, pooling: Pooling, *, classes: int
+) -> Network:
+    """Return a classifier over an encoder, whose pooler, if it has one, goes; its head is random.
+
+    Args:
+        encoder: of H hidden units.
+        settings: of the head.
+        pooling: what stands for a text.
+        classes: C.
+    """
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    make = FirstClassifier if pooling == "first" else MeanClassifier
+    return make(encoder, settings, classes)
 
 
 def load(
-    name: str, settings: EncoderSettings, *, classes: int, revision: str | None = None
-) -> tuple[SentenceClassifier, Any]:
-    """Return a classifier over a pre-trained encoder, its head still random, and the tokenizer.
+    name: str, settings: EncoderSettings, pooling: Pooling, *, revision: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Return a pre-trained encoder and its tokenizer.
 
     Args:
         name: `minilm-l6` (bundled), a local folder, or with `revision` a Hugging Face id.
-        settings: of the head, and the length that texts are cut to.
-        classes: C.
+        settings: the length that texts are cut to.
+        pooling: what stands for a text.
         revision: commit or tag of a Hugging Face id.
 
     Raises:
@@ -88,11 +143,13 @@ def load(
         )
     where: dict[str, Any] = {"trust_remote_code": False}
     where |= {"local_files_only": True} if revision is None else {"revision": revision}
+    if not sys.stderr.isatty():  # in a log file a bar is noise
+        logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         # A pickled checkpoint is code.
-        encoder = AutoModel.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, **where
+        encoder, info = AutoModel.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())[:400]
@@ -102,30 +159,34 @@ def load(
                 "and name its folder"
             ) from error
         raise ModelError(f"{name}: cannot be loaded as an encoder: {text}") from error
-    require_features(name, encoder, tokenizer, settings)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    return SentenceClassifier(encoder, settings, classes), tokenizer
+    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    if missing:  # transformers fills them with random numbers and goes on
+        raise ModelError(
+            f"{name}: its checkpoint lacks {len(missing)} of the encoder's tensors, such as "
+            f"{min(missing)}; is it complete, and an encoder?"
+        )
+    require_features(name, encoder, tokenizer, settings, pooling)
+    return encoder, tokenizer
 
 
 def require_features(
-    name: str, encoder: PreTrainedModel, tokenizer: Any, settings: EncoderSettings
+    name: str, encoder: PreTrainedModel, tokenizer: Any, settings: EncoderSettings, pooling: Pooling
 ) -> None:
-    """Hold that the encoder has the layers, the classification token and the length.
+    """Hold that the encoder has the length, and for `first` the layers and the token.
 
     Raises:
         ModelError: it has not.
     """
     layers = getattr(encoder.config, "num_hidden_layers", 0)
-    if layers < LAYERS:
+    if pooling == "first" and layers < LAYERS:
         raise ModelError(
             f"{name}: has {layers} layers; the features are taken from the last {LAYERS}"
         )
     first = tokenizer("a")["input_ids"][0]
-    if tokenizer.cls_token_id is None or first != tokenizer.cls_token_id:
+    if pooling == "first" and (tokenizer.cls_token_id is None or first != tokenizer.cls_token_id):
         raise ModelError(
             f"{name}: its tokenizer puts no classification token in front of a text; take an "
-            "encoder such as BERT, RoBERTa, ELECTRA or DeBERTa"
+            "encoder such as BERT, RoBERTa, ELECTRA or DeBERTa, or pooling mean"
         )
     if settings.max_length > tokenizer.model_max_length:
         raise ModelError(
@@ -153,39 +214,42 @@ def pad(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
 
 
 def extract(
-    model: SentenceClassifier,
-    tokenizer: Any,
-    texts: Sequence[str],
+    model: Network,
+    rows: Sequence[Sequence[int]],
     *,
-    max_length: int,
+    padding: int,
     tokens_per_pass: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Floats:
-    """Return the features of every text, shape (N, 4H), float32, in the texts' order.
+    """Return features and class probabilities, shape (N, F + C), float32, in the rows' order.
 
-    Texts of like length share a pass, so little is computed on padding.
+    Rows of like length share a pass, so little is computed on padding.
 
     Args:
         model: left in eval mode.
-        tokenizer: of the encoder.
-        texts: N of them.
-        max_length: tokens that a text is cut to.
+        rows: token ids of N texts.
+        padding: the token id that fills a batch up.
         tokens_per_pass: of a batch, padding included; changes memory, not the result.
         progress: called with the rows of every pass.
     """
-    rows = tokenize(tokenizer, texts, max_length)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    width = LAYERS * model.encoder.config.hidden_size
-    found = np.empty((len(rows), width), dtype=np.float32)
+    found = np.empty((len(rows), width(model) + model.output.out_features), dtype=np.float32)
     device = next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
         for batch in _passes(order, [len(row) for row in rows], tokens_per_pass):
-            ids, mask = pad([rows[row] for row in batch], tokenizer.pad_token_id)
-            features = model.features(ids.to(device), mask.to(device))
-            found[batch] = features.float().cpu().numpy()
+            ids, mask = pad([rows[row] for row in batch], padding)
+            features, scores = model.encode(ids.to(device), mask.to(device))
+            whole = torch.cat([features.float(), scores.float().softmax(1)], dim=1)
+            found[batch] = whole.cpu().numpy()
             progress(len(batch))
     return found
+
+
+def width(model: Network) -> int:
+    """Return the features of a text, F."""
+    hidden: int = model.encoder.config.hidden_size
+    return LAYERS * hidden if isinstance(model, FirstClassifier) else hidden
 
 
 def _passes(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -5,13 +5,14 @@ with Disentangled Attention and Wav2Vec2.0", section III and figure 4. It has no
 cross-entropy and AdamW.
 
     pipeline 1: sound (16 kHz) -> encoder -> mean over frames -> linear -> scores   AudioClassifier
-    pipeline 2: words          -> encoder -> mean over tokens -> linear -> scores   TextClassifier
+    pipeline 2: words          -> encoder -> mean over tokens -> linear -> scores   MeanClassifier
     pipeline 3: [text features; text scores; audio features; audio scores] -> MLP   Fusion
 
-The reference encoders are deberta-v3-small and wav2vec2-base-960h; any encoder of transformers
-does. Pipelines 1 and 2 are trained first. What they say of a row (`Encoding`) never changes
-afterwards, so it is computed once, and pipeline 3 learns from it alone: the encoders are frozen
-because they are not there.
+Pipeline 2 is `encoder.MeanClassifier`: method `encoder` with `pooling: mean`. The reference
+encoders are deberta-v3-small and wav2vec2-base-960h; any encoder of transformers does. Pipelines 1
+and 2 are trained first. What they say of a row (`Encoding`) never changes afterwards, so it is
+computed once, and pipeline 3 learns from it alone: the encoders are frozen because they are not
+there.
 
 Where the paper is silent:
 
@@ -26,7 +27,6 @@ Letters: B rows, T tokens or frames, H hidden units, k classes.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,26 +51,6 @@ class Encoding:
 
     features: Tensor
     scores: Tensor
-
-
-class TextClassifier(nn.Module):
-    """Pipeline 2: any text encoder, the mean over its valid tokens, one linear layer."""
-
-    def __init__(self, encoder: PreTrainedModel, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(encoder.config.hidden_size, classes)
-
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map right-padded ids (B, T) to features (B, H)."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return mean_over_time(states, attention_mask.sum(1))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map right-padded ids (B, T) to logits (B, k)."""
-        logits: Tensor = self.classify(self.dropout(self.features(input_ids, attention_mask)))
-        return logits
 
 
 class AudioClassifier(nn.Module):
@@ -110,19 +90,6 @@ class AudioClassifier(nn.Module):
         return logits
 
 
-def text_inputs(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
-    """Return what `TextClassifier` takes; longer texts lose their end."""
-    batch = tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_tokens,
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
 def audio_inputs(
     extractor: Any, waveforms: Sequence[Waveform], max_samples: int
 ) -> dict[str, Tensor]:
@@ -152,9 +119,7 @@ def _clip(waveform: Waveform, max_samples: int) -> Waveform:
     return np.pad(waveform[:max_samples], (0, max(0, WINDOW - len(waveform))))
 
 
-def encode(
-    classifier: TextClassifier | AudioClassifier, rows: Iterable[Mapping[str, Tensor]]
-) -> Encoding:
+def encode(classifier: AudioClassifier, rows: Iterable[Mapping[str, Tensor]]) -> Encoding:
     """Return features and scores of rows, on the CPU, in their order.
 
     Args:
@@ -171,35 +136,6 @@ def encode(
             features.append(feature.float().cpu())
             scores.append(classifier.classify(feature).float().softmax(1).cpu())
     return Encoding(torch.cat(features), torch.cat(scores))
-
-
-def encode_texts(
-    classifier: TextClassifier,
-    tokenizer: Any,
-    texts: Mapping[str, str],
-    max_tokens: int,
-    *,
-    folder: Path | None = None,
-) -> Encoding:
-    """Return what pipeline 2 says of texts by uid, computed once and kept in the cache.
-
-    Args:
-        classifier: fine-tuned.
-        tokenizer: its encoder's.
-        texts: by uid.
-        max_tokens: of a text.
-        folder: the cache; the program's own by default.
-    """
-    rows = [text_inputs(tokenizer, [text], max_tokens) for text in texts.values()]
-    # The ids hold all that a tokenizer decides.
-    ids = json.dumps([row["input_ids"].tolist() for row in rows])
-    return _kept(
-        classifier,
-        {"input_ids": hashlib.sha256(ids.encode()).hexdigest()},
-        tuple(texts),
-        rows,
-        folder,
-    )
 
 
 def encode_sounds(
@@ -237,7 +173,7 @@ def encode_sounds(
 
 
 def _kept(
-    classifier: TextClassifier | AudioClassifier,
+    classifier: AudioClassifier,
     key: Mapping[str, str | int],
     uids: Sequence[str],
     rows: Iterable[Mapping[str, Tensor]],

@@ -1,8 +1,11 @@
-"""Stage 1: sentence classifiers over encoders, and their features."""
+"""Sentence classifiers over encoders, and their features."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -61,6 +64,7 @@ CONFIGS = {
     "deberta-v2": lambda **c: DebertaV2Config(**SIZES | c),
 }
 each_encoder = pytest.mark.parametrize("kind", CONFIGS)
+each_pooling = pytest.mark.parametrize("pooling", ["first", "mean"])
 
 
 def save(folder, kind="bert", *, cls=True, **changes):
@@ -70,15 +74,28 @@ def save(folder, kind="bert", *, cls=True, **changes):
     return str(folder)
 
 
+def made(folder, pooling="first", classes=3):
+    """Return a classifier over the encoder in a folder, and its tokenizer."""
+    base, tokens = encoder.load(str(folder), SETTINGS, pooling)
+    return encoder.network(base, SETTINGS, pooling, classes=classes), tokens
+
+
+def extracted(model, tokens, texts, budget=1000):
+    """Return features and probabilities of texts, in passes of at most so many tokens."""
+    ids = encoder.tokenize(tokens, texts, 12)
+    whole = encoder.extract(model, ids, padding=0, tokens_per_pass=budget)
+    return np.split(whole, [encoder.width(model)], axis=1)
+
+
 @pytest.fixture
-def loaded(request, tmp_path):
-    return encoder.load(save(tmp_path / "encoder"), SETTINGS, classes=3)
+def loaded(tmp_path):
+    return made(save(tmp_path / "encoder"))
 
 
 @each_encoder
 def test_features_are_cls_of_the_last_four_layers_in_their_order(kind, tmp_path):
-    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
-    found = encoder.extract(model, tokens, TEXTS, max_length=12, tokens_per_pass=1000)
+    model, tokens = made(save(tmp_path, kind))
+    found, _ = extracted(model, tokens, TEXTS)
     assert found.shape == (len(TEXTS), 4 * 16)
     assert found.dtype == np.float32
     ids = torch.tensor([encoder.tokenize(tokens, ["we are glad"], 12)[0]])
@@ -90,26 +107,48 @@ def test_features_are_cls_of_the_last_four_layers_in_their_order(kind, tmp_path)
 
 
 @each_encoder
-def test_features_depend_on_the_text_alone(kind, tmp_path):
-    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
-    whole = encoder.extract(model, tokens, TEXTS, max_length=12, tokens_per_pass=1000)
-    turned = encoder.extract(model, tokens, TEXTS[::-1], max_length=12, tokens_per_pass=10)
+def test_features_are_the_mean_over_the_tokens_of_the_last_layer(kind, tmp_path):
+    model, tokens = made(save(tmp_path, kind), "mean")
+    found, _ = extracted(model, tokens, TEXTS)
+    ids = torch.tensor([encoder.tokenize(tokens, ["we are glad"], 12)[0]])
+    with torch.no_grad():
+        expected = model.encoder(ids).last_hidden_state[0].mean(0)
+    assert torch.allclose(torch.from_numpy(found[1]), expected, atol=1e-5)
+
+
+@each_pooling
+@each_encoder
+def test_beside_the_features_stand_the_probabilities_of_the_classes(kind, pooling, tmp_path):
+    model, tokens = made(save(tmp_path, kind), pooling)
+    _, probabilities = extracted(model, tokens, TEXTS)
+    ids, mask = encoder.pad(encoder.tokenize(tokens, TEXTS, 12), 0)
+    expected = model.eval()(ids, mask).softmax(1).detach().numpy()
+    assert probabilities.shape == (len(TEXTS), 3)
+    assert np.allclose(probabilities, expected, atol=1e-5)
+
+
+@each_pooling
+@each_encoder
+def test_features_depend_on_the_text_alone(kind, pooling, tmp_path):
+    model, tokens = made(save(tmp_path, kind), pooling)
+    whole, scores = extracted(model, tokens, TEXTS)
+    turned, turned_scores = extracted(model, tokens, TEXTS[::-1], budget=10)
     assert np.allclose(whole, turned[::-1], atol=1e-5)
+    assert np.allclose(scores, turned_scores[::-1], atol=1e-5)
     assert not np.allclose(whole[0], whole[1], atol=1e-3)
 
 
-def test_features_are_taken_without_dropout(tmp_path):
-    model, tokens = encoder.load(save(tmp_path, hidden_dropout_prob=0.5), SETTINGS, classes=3)
-    one, two = (
-        encoder.extract(model.train(), tokens, TEXTS, max_length=12, tokens_per_pass=1000)
-        for _ in range(2)
-    )
+@each_pooling
+def test_features_are_taken_without_dropout(pooling, tmp_path):
+    model, tokens = made(save(tmp_path, hidden_dropout_prob=0.5), pooling)
+    one, two = (extracted(model.train(), tokens, TEXTS)[0] for _ in range(2))
     assert np.array_equal(one, two)
 
 
+@each_pooling
 @each_encoder
-def test_every_parameter_gets_a_gradient(kind, tmp_path):
-    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=3)
+def test_every_parameter_gets_a_gradient(kind, pooling, tmp_path):
+    model, tokens = made(save(tmp_path, kind), pooling)
     ids, mask = encoder.pad(encoder.tokenize(tokens, TEXTS, 12), 0)
     torch.nn.functional.cross_entropy(model(ids, mask), torch.arange(8) % 3).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
@@ -129,9 +168,10 @@ def overfits(model, ids, mask, labels):
     return False
 
 
+@each_pooling
 @each_encoder
-def test_it_overfits_32_rows(kind, tmp_path):
-    model, tokens = encoder.load(save(tmp_path, kind), SETTINGS, classes=4)
+def test_it_overfits_32_rows(kind, pooling, tmp_path):
+    model, tokens = made(save(tmp_path, kind), pooling, classes=4)
     words = ["so", "sad", "glad", "we", "are"]
     texts = [f"{a} {b}" for a in words for b in words] + [f"{a} so sad" for a in words]
     texts += ["we are glad", "so so so"]
@@ -151,7 +191,7 @@ def test_saved_and_loaded_it_gives_the_same_bits(loaded, tmp_path):
     ids, mask = encoder.pad(encoder.tokenize(tokens, TEXTS, 12), 0)
     storage.save_weights(tmp_path / "stage1.safetensors", model.eval())
     torch.manual_seed(5)
-    again, _ = encoder.load(str(tmp_path / "encoder"), SETTINGS, classes=3)
+    again, _ = made(tmp_path / "encoder")
     assert not torch.equal(again.eval()(ids, mask), model(ids, mask))
     storage.load_weights(tmp_path / "stage1.safetensors", again)
     assert torch.equal(again(ids, mask), model(ids, mask))
@@ -183,7 +223,7 @@ def test_passes_keep_to_the_budget_and_hold_every_row_once():
 
 def test_no_texts_have_no_features(loaded):
     model, tokens = loaded
-    assert encoder.extract(model, tokens, [], max_length=12, tokens_per_pass=9).shape == (0, 64)
+    assert extracted(model, tokens, [])[0].shape == (0, 64)
 
 
 @pytest.mark.parametrize(
@@ -194,30 +234,44 @@ def test_no_texts_have_no_features(loaded):
     ],
 )
 def test_an_encoder_without_these_features_is_refused(how, message, tmp_path):
+    folder = save(tmp_path, **how)
     with pytest.raises(ModelError, match=message):
-        encoder.load(save(tmp_path, **how), SETTINGS, classes=3)
+        made(folder)
+    made(folder, "mean")  # it needs neither
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    # transformers would fill them with random numbers, and train on.
+    folder = Path(save(tmp_path))
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layer.2.output.dense.weight"))
+    save_file(
+        {name: value for name, value in weights.items() if name != lost},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=f"lacks 1 of the encoder's tensors, such as .*{lost}"):
+        made(folder)
 
 
 def test_a_length_beyond_the_encoder_s_is_refused(tmp_path):
     with pytest.raises(ModelError, match="max_length is 17, but it reads at most 16"):
-        encoder.load(save(tmp_path), EncoderSettings(max_length=17, dropout=0.0), classes=3)
+        encoder.load(save(tmp_path), EncoderSettings(max_length=17, dropout=0.0), "mean")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"no folder with a config.json.*minilm-l6"):
-        encoder.load(str(tmp_path), SETTINGS, classes=3)
+        made(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded as an encoder"):
-        encoder.load(str(tmp_path), SETTINGS, classes=3)
+        made(tmp_path)
 
 
 @pytest.mark.slow
 def test_minilm_gives_1536_features():
-    model, tokens = encoder.load(
-        "minilm-l6", EncoderSettings(max_length=64, dropout=0.1), classes=7
-    )
+    model, tokens = made("minilm-l6", classes=7)
     texts = ["I am so glad!", "I am so happy!", "The invoice is attached."]
-    found = encoder.extract(model, tokens, texts, max_length=64, tokens_per_pass=512)
+    found, _ = extracted(model, tokens, texts)
     assert found.shape == (3, 4 * 384)
     near, far = (np.linalg.norm(found[0] - other) for other in found[1:])
     assert near < far

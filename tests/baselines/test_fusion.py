@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
-    BertConfig,
     DebertaV2Config,
     HubertConfig,
     Wav2Vec2Config,
@@ -20,14 +19,14 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from llm_emo.baselines import fusion
-from llm_emo.baselines.fusion import AudioClassifier, Fusion, TextClassifier
+from llm_emo.baselines import encoder, fusion
+from llm_emo.baselines.fusion import AudioClassifier, Fusion
+from llm_emo.baselines.settings import EncoderSettings
 from llm_emo.baselines.speech_settings import ClassifierSettings, FusionSettings
 from llm_emo.errors import DatasetError
 
 soundfile = pytest.importorskip("soundfile")
 
-TEXTS = ("the train was late", "I was so happy", "no", "that is the old train again, is it?")
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SHAPE | {"intermediate_size": 24}
 CONVOLUTIONS = {
@@ -38,14 +37,6 @@ CONVOLUTIONS = {
     "num_conv_pos_embedding_groups": 2,
     "apply_spec_augment": False,
 }
-
-
-def text_config(kind):
-    vocabulary = {"vocab_size": tiny.VOCAB, "pad_token_id": 0}
-    if kind == "bert":
-        return BertConfig(**WIDE, **vocabulary)
-    attention = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
-    return DebertaV2Config(**WIDE, **vocabulary, **attention)
 
 
 def audio_config(kind):
@@ -82,9 +73,13 @@ def extractor(kind):
     return Wav2Vec2FeatureExtractor(return_attention_mask=kind == "wav2vec2-layer")
 
 
-def text_classifier(kind="deberta", classes=3):
+def text_classifier(classes=2):
     torch.manual_seed(0)
-    return TextClassifier(AutoModel.from_config(text_config(kind)), classes, 0.0)
+    config = DebertaV2Config(
+        **WIDE, vocab_size=tiny.VOCAB, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    )
+    settings = EncoderSettings(max_length=16, dropout=0.0)
+    return encoder.network(AutoModel.from_config(config), settings, "mean", classes=classes)
 
 
 def audio_classifier(kind="wav2vec2", classes=4):
@@ -123,24 +118,9 @@ def memorise(network, inputs, labels, steps, lr):
     return False
 
 
-every_text = pytest.mark.parametrize("kind", ["deberta", "bert"])
 every_audio = pytest.mark.parametrize(
     "kind", ["wav2vec2", "wav2vec2-layer", "hubert", "wavlm", "whisper"]
 )
-
-
-@every_text
-def test_padding_of_texts_changes_nothing(kind):
-    made, tokenizer = text_classifier(kind).eval(), tiny.tokenizer()
-    together = made(**fusion.text_inputs(tokenizer, TEXTS, 64))
-    alone = torch.cat([made(**fusion.text_inputs(tokenizer, [text], 64)) for text in TEXTS])
-    assert together.shape == (4, 3)
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
-
-
-def test_a_text_loses_its_end_at_the_tokens_allowed():
-    inputs = fusion.text_inputs(tiny.tokenizer(), ["x " * 50], 7)
-    assert inputs["input_ids"].shape == (1, 7)
 
 
 @every_audio
@@ -184,13 +164,6 @@ def test_the_paper_cuts_sound_at_a_tenth_of_its_longest_clip():
     assert ClassifierSettings().max_samples == 546_220 // 10
 
 
-@every_text
-def test_32_texts_can_be_learned_by_heart(kind):
-    texts = [f"{a} {b}" for a in "abcdefgh" for b in "stuv"]
-    inputs = fusion.text_inputs(tiny.tokenizer(), texts, 16)
-    assert memorise(text_classifier(kind, 4), inputs, torch.arange(32) % 4, 300, 1e-2)
-
-
 @pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
 def test_32_sounds_can_be_learned_by_heart(kind):
     inputs = fusion.audio_inputs(extractor(kind), sounds(32, 400), 2_000)
@@ -213,10 +186,8 @@ def test_32_encodings_can_be_learned_by_heart():
 
 
 def test_networks_loaded_give_the_logits_of_those_saved(tmp_path):
-    text = fusion.text_inputs(tiny.tokenizer(), TEXTS, 16)
     sound = fusion.audio_inputs(extractor("wav2vec2"), sounds(2), 54_622)
     for make, inputs in (
-        (text_classifier, text),
         (audio_classifier, sound),
         (lambda: Fusion(FusionSettings(), 20, 4), {"x": torch.randn(3, 20)}),
     ):
@@ -233,23 +204,20 @@ def test_networks_loaded_give_the_logits_of_those_saved(tmp_path):
 
 
 def test_encodings_are_features_and_probabilities_of_each_row_alone(tmp_path):
-    made, tokenizer = text_classifier(), tiny.tokenizer()
-    texts = dict(zip("abcd", TEXTS, strict=True))
-    encoding = fusion.encode_texts(made, tokenizer, texts, 64, folder=tmp_path)
-    assert encoding.features.shape == (4, 16)
-    torch.testing.assert_close(encoding.scores.sum(1), torch.ones(4))
-    inputs = fusion.text_inputs(tokenizer, [texts["c"]], 64)
-    assert torch.equal(encoding.features[2:3], made.features(**inputs).detach())
-    expected = made(**inputs).softmax(1).detach()
-    assert torch.equal(encoding.scores[2:3], expected)
-    fewer = {uid: texts[uid] for uid in "ca"}  # in other company
-    again = fusion.encode_texts(made, tokenizer, fewer, 64, folder=tmp_path)
+    hears, made, paths = audio_classifier(), extractor("wav2vec2"), files(tmp_path, 3)
+    encoding = fusion.encode_sounds(hears, made, paths, 9_000, folder=tmp_path)
+    assert encoding.features.shape == (3, 16)
+    torch.testing.assert_close(encoding.scores.sum(1), torch.ones(3))
+    inputs = fusion.audio_inputs(made, [fusion.decode(paths["row-2"])], 9_000)
+    assert torch.equal(encoding.features[2:3], hears.features(**inputs).detach())
+    assert torch.equal(encoding.scores[2:3], hears(**inputs).softmax(1).detach())
+    fewer = {uid: paths[uid] for uid in ("row-2", "row-0")}  # in other company
+    again = fusion.encode_sounds(hears, made, fewer, 9_000, folder=tmp_path)
     assert torch.equal(again.features, encoding.features[[2, 0]])
 
 
 def test_what_encoders_say_is_computed_once(tmp_path, monkeypatch):
-    paths, texts = files(tmp_path, 3), {"row-0": "a", "row-1": "b", "row-2": "c"}
-    hears, reads = audio_classifier(), text_classifier()
+    paths, hears, made = files(tmp_path, 3), audio_classifier(), extractor("wav2vec2")
     calls = []
     encode = fusion.encode
 
@@ -258,30 +226,24 @@ def test_what_encoders_say_is_computed_once(tmp_path, monkeypatch):
         return encode(classifier, rows)
 
     monkeypatch.setattr(fusion, "encode", counted)
-    made = extractor("wav2vec2")
 
-    def both(max_samples=54_622):
+    def heard(max_samples=54_622):
         cache = tmp_path / "cache"
-        heard = fusion.encode_sounds(hears, made, paths, max_samples, folder=cache)
-        read = fusion.encode_texts(reads, tiny.tokenizer(), texts, 16, folder=cache)
-        return fusion.join([read, heard])
+        return fusion.join([fusion.encode_sounds(hears, made, paths, max_samples, folder=cache)])
 
-    first = both()
+    first = heard()
+    assert len(calls) == 1
+    assert torch.equal(heard(), first)
+    assert len(calls) == 1
+    heard(max_samples=2_000)  # the sound is cut elsewhere
     assert len(calls) == 2
-    assert torch.equal(both(), first)
-    assert len(calls) == 2
-    both(max_samples=2_000)  # the sound is cut elsewhere
-    assert len(calls) == 3
     soundfile.write(paths["row-1"], sounds(1)[0], 16_000)  # another file of the same name
-    assert not torch.equal(both(), first)
-    assert len(calls) == 4
-    texts["row-2"] = "d"
-    both()
-    assert len(calls) == 5
+    assert not torch.equal(heard(), first)
+    assert len(calls) == 3
     with torch.no_grad():
-        reads.classify.bias[0].add_(1)  # other weights
-    both()
-    assert len(calls) == 6
+        hears.classify.bias[0].add_(1)  # other weights
+    heard()
+    assert len(calls) == 4
 
 
 def test_a_missing_sound_is_named_before_anything_is_encoded(tmp_path):
@@ -304,14 +266,16 @@ def test_all_three_pipelines_train_end_to_end_and_the_encoders_stay_frozen(tmp_p
     paths = files(tmp_path, 16)
     labels = torch.tensor([2 * (n >= 8) + n % 2 for n in range(16)])
     texts = {uid: ("no", "yes")[n % 2] for n, uid in enumerate(paths)}
-    reads, hears = text_classifier("deberta", 2), audio_classifier("wav2vec2", 2)
-    tokenizer, made = tiny.tokenizer(), extractor("wav2vec2")
+    reads, hears = text_classifier(2), audio_classifier("wav2vec2", 2)
+    made = extractor("wav2vec2")
     waves = [fusion.decode(path) for path in paths.values()]
-    words = fusion.text_inputs(tokenizer, list(texts.values()), 16)
+    ids = encoder.tokenize(tiny.tokenizer(), list(texts.values()), 16)
+    words = dict(zip(("input_ids", "attention_mask"), encoder.pad(ids, 0), strict=True))
     assert memorise(reads, words, labels % 2, 100, 1e-2)
     assert memorise(hears, fusion.audio_inputs(made, waves, 9_000), labels // 2, 200, 5e-3)
     before = copy.deepcopy((reads.state_dict(), hears.state_dict()))
-    read = fusion.encode_texts(reads, tokenizer, texts, 16, folder=tmp_path)
+    whole = torch.from_numpy(encoder.extract(reads, ids, padding=0, tokens_per_pass=64))
+    read = fusion.Encoding(whole[:, :16], whole[:, 16:])
     heard = fusion.encode_sounds(hears, made, paths, 9_000, folder=tmp_path)
     outcomes = []
     for encodings in ([read], [heard], [read, heard]):
