@@ -2,8 +2,10 @@
 
 import importlib.util
 import itertools
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
@@ -285,8 +287,8 @@ def test_twice_the_time_is_half_the_share():
         "matrix": {"operations": {"linear": 6e9, "head": 2e9}, "operations_per_second": 1e9},
         "seconds_per_step": [4.0, 6.0],
     }
-    assert bench.share_of(own, own) == pytest.approx(0.8)
-    assert bench.share_of(own, {"seconds_per_step": [20.0]}) == pytest.approx(0.4)
+    assert harness.share_of(own, own) == pytest.approx(0.8)
+    assert harness.share_of(own, {"seconds_per_step": [20.0]}) == pytest.approx(0.4)
 
 
 def measured(side, rate, trl=None):
@@ -320,7 +322,7 @@ def test_the_report_shows_rates_ratios_differences_and_versions():
         "padded": [measured("padded", rate) for rate in (4.0, 4.0, 4.0)],
         "trl": [measured("trl", rate, trl="1.16.0") for rate in (2.0, 2.0, 2.0)],
     }
-    bench.with_shares(results)
+    harness.with_shares(results)
     losses = {"llm_emo": 1.0, "padded": 1.0, "trl": 1.000001}
     text = bench.report(losses, results, bench.arguments(["--peers", "padded"]))
     assert "torch 2.0, transformers 5.0, peft 0.2, trl 1.16.0" in text
@@ -340,8 +342,6 @@ def test_the_report_shows_rates_ratios_differences_and_versions():
 def test_llama_factory_gets_the_rows_in_their_order_and_the_programs_arguments(
     tmp_path, tiny_folder
 ):
-    import json
-
     from datasets import load_from_disk
 
     from llm_emo import recipes
@@ -354,7 +354,10 @@ def test_llama_factory_gets_the_rows_in_their_order_and_the_programs_arguments(
     )  # fmt: skip
     written = factory.prepare(tmp_path, recipe, [ROWS[:4], ROWS[4:8]], 1)
     arguments = json.loads(written.read_text())["arguments"]
-    assert arguments["model_name_or_path"] == str(tiny_folder)
+    model = Path(arguments["model_name_or_path"])
+    assert {file.name for file in model.iterdir()} == {file.name for file in tiny_folder.iterdir()}
+    assert json.loads((model / "config.json").read_text())["dtype"] == "float32"
+    assert (model / "model.safetensors").samefile(tiny_folder / "model.safetensors")
     assert (arguments["lora_rank"], arguments["lora_alpha"], arguments["bf16"]) == (8, 16, False)
     assert arguments["lora_target"] == "q_proj,k_proj,v_proj,o_proj"
     assert (arguments["learning_rate"], arguments["per_device_train_batch_size"]) == (3e-3, 4)

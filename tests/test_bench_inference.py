@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from benches import load
+from benches import common, load
 
 from llm_emo.errors import JobFailed, RunError
 
@@ -50,6 +50,7 @@ def test_a_report_of_scores_shows_ratios_shares_and_agreement():
         }  # fmt: skip
 
     results = {"llm_emo": [measured(20.0, [0, 1])], "padded": [measured(4.0, [0, 0])]}
+    common("harness").with_shares(results)
     text = scoring.report({"padded": 1e-6}, results, scoring.arguments([]))
     assert "llm_emo / padded: 5.00x" in text
     assert "same label in 50.0% in bfloat16" in text

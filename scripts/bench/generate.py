@@ -8,26 +8,21 @@ ratio is printed.
 """
 
 import argparse
-import json
-import random
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common import harness, matrix
+from common import harness, inference, matrix
 from common.harness import OURS, Result, Rounds
+from common.inference import RATE, Ids
 
 SIDES = {
     OURS: "this program: one cache over the prompts' trie",
     "padded": "model.generate on left-padded batches, rows sorted by length",
 }
-RATE = "rows_per_second"
 CHECKED = 32
 """Rows whose tokens are compared in float32."""
 SHOWN = ("torch", "transformers")
-
-Ids = tuple[int, ...]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,8 +30,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Print rows/s of greedy generation by this program and by model.generate.",
         epilog="example: python scripts/bench/generate.py --data-root DATA "
-        "--recipe friends/zero_shot --rows 128 -o generate.json; "
-        "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
+        "--recipe friends/zero_shot --rows 128 -o generate.json",
     )
     harness.add_recipe(parser, "friends/zero_shot")
     parser.add_argument(
@@ -46,17 +40,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch-size", type=harness.positive, default=32,
         help="rows of a padded batch (default: %(default)s)",
     )  # fmt: skip
-    harness.add_common(parser)
-    parser.add_argument(
-        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
-    )
-    parser.add_argument(
-        "--check", action="store_true",
-        help="with --side: print the tokens of a few rows in float32, on no clock",
-    )  # fmt: skip
-    given = parser.parse_args(argv)
-    given.peers = ["padded"]
-    return given
+    check = "print the tokens of a few rows in float32, on no clock"
+    harness.add_common(parser, sides=SIDES, check=check)
+    return parser.parse_args(argv)
 
 
 def by_trie(
@@ -113,54 +99,29 @@ def by_padding(
 
 def measure(given: argparse.Namespace) -> Result:
     """Measure `given.side` in this process."""
-    from llm_emo import recipes
-    from llm_emo.experiment import Experiment, data_root
-    from llm_emo.labelling import open_labeller
-
-    dtype = ("model.dtype=float32",) if given.check else ()
-    recipe = recipes.load(given.recipe, [*given.overrides, *dtype])
-    experiment = Experiment.prepare(recipe, data_root(given.data_root))
-    labeller = open_labeller(experiment)
-    model = labeller.model.eval()
-    examples = experiment.examples("test")
-    count = min(CHECKED if given.check else given.rows, len(examples))
-    rows = random.Random(given.seed + given.round).sample(examples, count)
-    prompts = [row.prompt for row in labeller.encoder.encode(rows)]
-    end, longest = labeller.encoder.end, recipe.inference.max_new_tokens
+    labeller, prompts = inference.drawn(given, CHECKED)
+    model, settings = labeller.model, labeller.experiment.recipe.inference
+    end, longest = labeller.encoder.end, settings.max_new_tokens
 
     def side(prompts: Sequence[Ids]) -> tuple[float, list[Ids]]:
         if given.side == OURS:
             return by_trie(
                 model, prompts, end=end, max_new_tokens=longest,
-                tokens_per_pass=recipe.inference.tokens_per_pass,
+                tokens_per_pass=settings.tokens_per_pass,
             )  # fmt: skip
         return by_padding(
             model, prompts, end=end, max_new_tokens=longest, batch_size=given.batch_size
         )
 
-    if given.side != OURS:
-        harness.stock(model)
     if given.check:
         return {"side": given.side, "tokens": side(prompts)[1]}
-    side(prompts[: given.batch_size])  # for warming up
-    harness.forget_peak()
-    seconds, found = side(prompts)
-    memory = harness.peak_memory()
+    found, result = inference.timed(side, prompts, given.batch_size)
     return {
-        "side": given.side,
-        "round": given.round,
-        RATE: count / seconds,
-        "seconds": seconds,
-        "rows": count,
+        **harness.described(given, labeller, *SHOWN),
+        **result,
         "tokens": found,
-        "prompt_tokens": sum(map(len, prompts)),
-        "peak_memory_bytes": memory,
-        "matrix": limits(given.side, model, prompts, found, recipe.inference.tokens_per_pass),
+        "matrix": limits(given.side, model, prompts, found, settings.tokens_per_pass),
         "max_new_tokens": longest,
-        "dtype": labeller.base.dtype,
-        "device": str(labeller.base.model.device),
-        "model": recipe.model.name,
-        "machine": harness.machine(*SHOWN),
     }
 
 
@@ -207,29 +168,19 @@ def require_same(found: dict[str, list[Sequence[int]]]) -> None:
 def report(results: Rounds, given: argparse.Namespace) -> str:
     """Return everything that is printed."""
     one = results[OURS][0]
-    for rounds in results.values():
-        for own, result in zip(results[OURS], rounds, strict=True):
-            needed = own["matrix"]["operations"] / own["matrix"]["operations_per_second"]
-            result["share_of_matrix_rate"] = needed / result["seconds"]
     written = [len(row) for result in results[OURS] for row in result["tokens"]]
-    limit = one["matrix"]
-    rates = [result["matrix"]["operations_per_second"] / 1e9 for result in results[OURS]]
     lines = [
         f"{given.recipe}: {one['model']}, {one['dtype']} on {one['device']}, greedy, at most "
         f"{one['max_new_tokens']} tokens, {one['rows']} rows a round; padded in batches of "
         f"{given.batch_size}",
         *harness.machine_lines(results, *SHOWN),
         "",
-        harness.rates_table(
-            results, RATE,
-            ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"),
-        ),
+        harness.rates_table(results, RATE),
         "",
-        f"matrix products alone at {limit['measured_at']['nodes']} nodes: "
-        f"{statistics.median(rates):.1f} GFLOP/s; {limit['read']} distinct tokens of "
+        f"{inference.rate_line(results)}; {one['matrix']['read']} distinct tokens of "
         f"{one['prompt_tokens']} in the prompts",
         f"{statistics.mean(written):.1f} tokens written a row",
-    ]  # fmt: skip
+    ]
     for peer, values in harness.ratios(results, RATE).items():
         same = [
             list(a) == list(b)
@@ -243,35 +194,18 @@ def report(results: Rounds, given: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def compare(argv: Sequence[str], given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure both sides in turn; return what is printed and what is written."""
+    one = harness.side_of(__file__, argv)
+    harness.tell("checking that both sides write the same tokens in float32")
+    require_same(harness.checked(tuple(SIDES), one, "tokens"))
+    results = harness.in_turn(tuple(SIDES), given.rounds, one, rate=RATE)
+    return report(results, given), harness.figures(results, RATE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = arguments(argv)
-
-    def body() -> None:
-        if given.side:
-            print(json.dumps(measure(given)))
-            return
-        sides = (OURS, *given.peers)
-        harness.tell("checking that both sides write the same tokens in float32")
-        require_same(
-            {
-                side: harness.run(__file__, argv, "--side", side, "--check")["tokens"]
-                for side in sides
-            }
-        )
-        results = harness.take_turns(
-            sides, given.rounds,
-            lambda side, turn: harness.run(__file__, argv, "--side", side, "--round", str(turn)),
-            rate=RATE,
-        )  # fmt: skip
-        text = report(results, given)
-        harness.write(
-            given, "generate.py", argv, ratios=harness.ratios(results, RATE), results=results
-        )
-        print(text)
-
-    return harness.main(body)
+    return harness.bench(__file__, argv, arguments, measure, compare)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,21 @@ texts, so that it scores the same tokens and spends nothing on its tokenizer.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from common import harness, matrix
+from common import environment, harness, inference, matrix
 from common.harness import OURS, Result, Rounds
+from common.inference import RATE, Ids
 
 SIDES = {
     OURS: "this program: all labels under all prompts in a token trie",
     "lm_eval": "lm-eval's multiple_choice on HFLM; installed beside this program's packages",
     "padded": "one padded forward per label and batch of prompts",
 }
-RATE = "rows_per_second"
 TOLERANCE = 1e-4
 """By how many nats log-probabilities may differ in float32."""
 CHECKED = 24
@@ -33,22 +33,16 @@ CHECKED = 24
 SHOWN = ("torch", "transformers", "lm-eval")
 LM_EVAL = "lm-eval==0.4.13"
 
-Ids = tuple[int, ...]
-
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments; exits with 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         description="Print rows/s of scoring all labels by this program and by others.",
         epilog="example: python scripts/bench/score.py --data-root DATA --recipe sst5/zero_shot "
-        "--rows 256 -o score.json; "
-        "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
+        "--rows 256 -o score.json",
     )
     harness.add_recipe(parser, "mastodon/zero_shot")
-    parser.add_argument(
-        "--peers", default="lm_eval,padded", metavar="A,B",
-        help="whom to measure beside llm_emo (default: %(default)s)",
-    )  # fmt: skip
+    harness.add_peers(parser, SIDES, "lm_eval,padded")
     parser.add_argument(
         "--rows", type=harness.positive, default=128, help="test rows a round (default: 128)"
     )
@@ -61,17 +55,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="score the labels' words alone, as users of lm-eval do, or with the token that ends "
         "the answer, as this program does when it labels (default: %(default)s)",
     )  # fmt: skip
-    harness.add_common(parser)
-    parser.add_argument(
-        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
-    )
-    parser.add_argument(
-        "--check", action="store_true",
-        help="with --side: print the log-probabilities of a few rows in float32, on no clock",
-    )  # fmt: skip
-    given = parser.parse_args(argv)
-    given.peers = harness.peers_of(parser, given.peers, SIDES)
-    return given
+    check = "print the log-probabilities of a few rows in float32, on no clock"
+    harness.add_common(parser, sides=SIDES, check=check)
+    return parser.parse_args(argv)
 
 
 # --- one side, in a process of its own ----------------------------------------------------------
@@ -187,23 +173,10 @@ def answers_of(ids: Sequence[Ids], kind: str) -> list[Ids]:
 
 def measure(given: argparse.Namespace) -> Result:
     """Measure `given.side` in this process."""
-    import random
-
-    from llm_emo import recipes
-    from llm_emo.experiment import Experiment, data_root
-    from llm_emo.labelling import open_labeller
-
-    dtype = ("model.dtype=float32",) if given.check else ()
-    recipe = recipes.load(given.recipe, [*given.overrides, *dtype])
-    experiment = Experiment.prepare(recipe, data_root(given.data_root))
-    labeller = open_labeller(experiment)
-    model = labeller.model.eval()
-    examples = experiment.examples("test")
-    count = min(given.rows, len(examples)) if not given.check else min(CHECKED, len(examples))
-    rows = random.Random(given.seed + given.round).sample(examples, count)
-    prompts = [row.prompt for row in labeller.encoder.encode(rows)]
-    answers = answers_of(labeller.encoder.answers(experiment.answers), given.answers)
-    tokens_per_pass = recipe.inference.tokens_per_pass
+    labeller, prompts = inference.drawn(given, CHECKED)
+    model = labeller.model
+    answers = answers_of(labeller.encoder.answers(labeller.experiment.answers), given.answers)
+    tokens_per_pass = labeller.experiment.recipe.inference.tokens_per_pass
     side_of = {
         OURS: lambda rows: by_trie(model, rows, answers, tokens_per_pass=tokens_per_pass),
         "padded": lambda rows: by_padding(model, rows, answers, batch_size=given.batch_size),
@@ -212,29 +185,15 @@ def measure(given: argparse.Namespace) -> Result:
         ),
     }
     side = side_of[given.side]
-    if given.side != OURS:
-        harness.stock(model)
     if given.check:
         return {"side": given.side, "log_probabilities": side(prompts)[1]}
-    side(prompts[: given.batch_size])  # for warming up
-    harness.forget_peak()
-    seconds, found = side(prompts)
-    memory = harness.peak_memory()
+    found, result = inference.timed(side, prompts, given.batch_size)
     return {
-        "side": given.side,
-        "round": given.round,
-        RATE: count / seconds,
-        "seconds": seconds,
-        "rows": count,
+        **harness.described(given, labeller, *SHOWN),
+        **result,
         "chosen": [max(range(len(row)), key=row.__getitem__) for row in found],
         "answers": [list(answer) for answer in answers],
-        "prompt_tokens": sum(map(len, prompts)),
-        "peak_memory_bytes": memory,
         "matrix": limits(given.side, model, prompts, answers, tokens_per_pass),
-        "dtype": labeller.base.dtype,
-        "device": str(labeller.base.model.device),
-        "model": recipe.model.name,
-        "machine": harness.machine(*SHOWN),
     }
 
 
@@ -287,28 +246,18 @@ def require_same(found: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, fl
 def report(apart: Mapping[str, float], results: Rounds, given: argparse.Namespace) -> str:
     """Return everything that is printed."""
     one = results[OURS][0]
-    for rounds in results.values():
-        for own, result in zip(results[OURS], rounds, strict=True):
-            needed = own["matrix"]["operations"] / own["matrix"]["operations_per_second"]
-            result["share_of_matrix_rate"] = needed / result["seconds"]
     lengths = ", ".join(str(len(answer)) for answer in one["answers"])
-    limit = one["matrix"]
-    rates = [result["matrix"]["operations_per_second"] / 1e9 for result in results[OURS]]
     lines = [
         f"{given.recipe}: {one['model']}, {one['dtype']} on {one['device']}, "
         f"{len(one['answers'])} labels of {lengths} tokens ({given.answers}), {one['rows']} rows "
         f"a round; peers in batches of {given.batch_size}",
         *harness.machine_lines(results, *SHOWN),
         "",
-        harness.rates_table(
-            results, RATE,
-            ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"),
-        ),
+        harness.rates_table(results, RATE),
         "",
-        f"matrix products alone at {limit['measured_at']['nodes']} nodes: "
-        f"{statistics.median(rates):.1f} GFLOP/s; {limit['nodes']} distinct tokens of "
+        f"{inference.rate_line(results)}; {one['matrix']['nodes']} distinct tokens of "
         f"{one['prompt_tokens'] * len(one['answers'])} that every label under every prompt has",
-    ]  # fmt: skip
+    ]
     for peer, values in harness.ratios(results, RATE).items():
         same = [
             a == b
@@ -328,36 +277,24 @@ def run(argv: Sequence[str], side: str, *options: str) -> Result:
     python = sys.executable
     if side == "lm_eval":
         # Its packages pin an older python-dateutil than this program is tested with.
-        python = str(harness.peer_python("lm_eval", [LM_EVAL]))
+        python = str(environment.python_of("lm_eval", [LM_EVAL]))
     return harness.run(__file__, argv, "--side", side, *options, python=python)
+
+
+def compare(argv: Sequence[str], given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure all sides in turn; return what is printed and what is written."""
+    sides, one = (OURS, *given.peers), partial(run, argv)
+    harness.tell("checking that all sides have the same log-probabilities in float32")
+    apart = require_same(harness.checked(sides, one, "log_probabilities"))
+    results = harness.in_turn(sides, given.rounds, one, rate=RATE)
+    return report(apart, results, given), {
+        "log_probabilities_apart": apart, **harness.figures(results, RATE),
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = arguments(argv)
-
-    def body() -> None:
-        if given.side:
-            print(json.dumps(measure(given)))
-            return
-        sides = (OURS, *given.peers)
-        harness.tell("checking that all sides have the same log-probabilities in float32")
-        apart = require_same(
-            {side: run(argv, side, "--check")["log_probabilities"] for side in sides}
-        )
-        results = harness.take_turns(
-            sides, given.rounds,
-            lambda side, turn: run(argv, side, "--round", str(turn)), rate=RATE,
-        )  # fmt: skip
-        text = report(apart, results, given)
-        harness.write(
-            given, "score.py", argv, log_probabilities_apart=apart,
-            ratios=harness.ratios(results, RATE), results=results,
-        )  # fmt: skip
-        print(text)
-
-    return harness.main(body)
+    return harness.bench(__file__, argv, arguments, measure, compare)
 
 
 if __name__ == "__main__":

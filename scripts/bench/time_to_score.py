@@ -9,9 +9,7 @@ that reaches the target.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,16 +41,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=10,
         help="steps between measurements (default: 10)",
     )
-    parser.add_argument(
-        "--peers", default="trl", metavar="A,B",
-        help="whom to measure beside llm_emo (default: %(default)s)",
-    )  # fmt: skip
-    harness.add_common(parser, rounds=1)
-    parser.add_argument(
-        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
-    )
+    harness.add_peers(parser, SIDES, "trl")
+    harness.add_common(parser, rounds=1, sides=SIDES)
     given = parser.parse_args(argv)
-    given.peers = harness.peers_of(parser, given.peers, SIDES)
     if not 0 < given.target < 1:
         parser.error(f"--target: expected a share between 0 and 1, found {given.target}")
     return given
@@ -102,9 +93,7 @@ def measure(given: argparse.Namespace) -> Result:
     """
     from llm_emo import attention, metrics, recipes
     from llm_emo.errors import JobFailed, RecipeError
-    from llm_emo.experiment import Experiment, data_root
-    from llm_emo.labelling import open_labeller
-    from llm_emo.steps import dialogues_of
+    from llm_emo.experiment import dialogues_of
 
     recipe = recipes.load(given.recipe, given.overrides)
     if recipe.train is None:
@@ -113,8 +102,8 @@ def measure(given: argparse.Namespace) -> Result:
     size = recipe.train.batch_size
     whole = [f"train.micro_batch_size={size}", "train.epochs=1"]
     settings = recipes.load(given.recipe, [*given.overrides, *whole]).train
-    experiment = Experiment.prepare(recipe, data_root(given.data_root))
-    labeller = open_labeller(experiment)
+    labeller = harness.opened(given, recipe)
+    experiment = labeller.experiment
     dev = experiment.examples("dev")
     encoded = labeller.encoder.encode(experiment.examples("train"))
     dialogues = dialogues_of(experiment)
@@ -131,7 +120,7 @@ def measure(given: argparse.Namespace) -> Result:
     def score() -> float:
         model = labeller.model
         training = model.training
-        _attend(model, attention.NAME)
+        harness.attend_by(model, attention.NAME)
         rows = [(p.gold or "", p.label) for p in labeller.predict(dev)]
         model.train(training)
         if given.side != OURS:
@@ -156,8 +145,7 @@ def measure(given: argparse.Namespace) -> Result:
             f"(best: {best:.3f}); take a lower --target"
         )
     return {
-        "side": given.side,
-        "round": given.round,
+        **harness.described(given, labeller, *SHOWN),
         RATE: 3600 / seconds,
         "seconds": seconds,
         "steps": trail[-1][0],
@@ -166,18 +154,7 @@ def measure(given: argparse.Namespace) -> Result:
         "peak_memory_bytes": harness.peak_memory(),
         "batch_size": size,
         "dev_rows": len(dev),
-        "dtype": labeller.base.dtype,
-        "device": str(labeller.base.model.device),
-        "model": recipe.model.name,
-        "machine": harness.machine(*SHOWN),
     }
-
-
-def _attend(model: Any, name: str) -> None:
-    for module in model.modules():
-        if hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation(name)
-            return
 
 
 def report(results: Rounds, given: argparse.Namespace) -> str:
@@ -209,28 +186,18 @@ def report(results: Rounds, given: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def compare(argv: Sequence[str], given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure all sides in turn; return what is printed and what is written."""
+    for peer in given.peers:
+        trainers.require(peer)
+    one = harness.side_of(__file__, argv)
+    results = harness.in_turn((OURS, *given.peers), given.rounds, one, rate=RATE)
+    return report(results, given), harness.figures(results, RATE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = arguments(argv)
-
-    def body() -> None:
-        if given.side:
-            print(json.dumps(measure(given)))
-            return
-        for peer in given.peers:
-            trainers.require(peer)
-        results = harness.take_turns(
-            (OURS, *given.peers), given.rounds,
-            lambda side, turn: harness.run(__file__, argv, "--side", side, "--round", str(turn)),
-            rate=RATE,
-        )  # fmt: skip
-        harness.write(
-            given, "time_to_score.py", argv, ratios=harness.ratios(results, RATE), results=results
-        )
-        print(report(results, given))
-
-    return harness.main(body)
+    return harness.bench(__file__, argv, arguments, measure, compare)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ next token), which must be equal; and in float32 the first batch's losses must b
 """
 
 import argparse
-import json
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Print examples/s of this program and of other trainers, the ratios, and the "
         "share of the machine's matrix-product rate that each reaches.",
         epilog="example: python scripts/bench/train.py --data-root DATA "
-        "--recipe mastodon/lora --steps 12 --rounds 3 -o train.json; "
-        "sides: " + "; ".join(f"{name} = {text}" for name, text in SIDES.items()),
+        "--recipe mastodon/lora --steps 12 --rounds 3 -o train.json",
     )
     harness.add_recipe(parser, "mastodon/lora")
-    parser.add_argument(
-        "--peers", metavar="A,B",
-        help="whom to measure beside llm_emo (default: "
-        + "; ".join(f"for {kind} {','.join(peers)}" for kind, peers in PEERS.items()) + ")",
-    )  # fmt: skip
+    usual = "; ".join(f"for {kind} {','.join(peers)}" for kind, peers in PEERS.items())
+    harness.add_peers(parser, SIDES, None, usual)
     parser.add_argument(
         "--batch-size", type=harness.positive, default=16, help="rows a step (default: 16)"
     )
@@ -65,23 +60,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--by", choices=("row", "dialogue"),
         help="what a step is filled with (default: what the recipe's train.batch_by says)",
     )  # fmt: skip
-    harness.add_common(parser)
-    parser.add_argument(
-        "--side", choices=SIDES, help="measure one side once and print its JSON, nothing else"
-    )
-    parser.add_argument(
-        "--check", action="store_true",
-        help="with --side: do not train, compute the first batch's loss in float32",
-    )  # fmt: skip
+    check = "do not train, compute the first batch's loss in float32"
+    harness.add_common(parser, sides=SIDES, check=check)
     parser.add_argument(
         "--profile", action="store_true",
         help="compare nothing: print where the time of this program's step goes, by operation",
     )  # fmt: skip
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
-    if given.peers is not None:
-        given.peers = harness.peers_of(parser, given.peers, SIDES)
-    return given
+    return parser.parse_args(argv)
 
 
 # --- one side, in a process of its own ----------------------------------------------------------
@@ -134,13 +120,11 @@ def peers_for(given: argparse.Namespace, kind: str) -> list[str]:
 
 def prepared(given: argparse.Namespace) -> tuple[Any, Any, trainers.Steps]:
     """Return the recipe, its labeller and the steps of rows that this round trains."""
-    from llm_emo.experiment import Experiment, data_root
-    from llm_emo.labelling import open_labeller
-    from llm_emo.steps import dialogues_of
+    from llm_emo.experiment import dialogues_of
 
     recipe = recipe_of(given)
-    experiment = Experiment.prepare(recipe, data_root(given.data_root))
-    labeller = open_labeller(experiment)
+    labeller = harness.opened(given, recipe)
+    experiment = labeller.experiment
     steps = trainers.drawn(
         labeller.encoder.encode(experiment.examples("train")), recipe.train,
         WARM_UP + given.steps, given.seed + given.round, dialogues_of(experiment),
@@ -177,8 +161,7 @@ def measure(given: argparse.Namespace) -> Result:
         seconds, losses = trainers.timed(trainer)
     counted = seconds[WARM_UP - 1 :]
     return {
-        "side": given.side,
-        "round": given.round,
+        **harness.described(given, labeller, *SHOWN),
         RATE: given.batch_size * given.steps / sum(counted),
         "seconds_per_step": counted,
         "losses": losses,
@@ -191,13 +174,9 @@ def measure(given: argparse.Namespace) -> Result:
         "peak_memory_bytes": harness.peak_memory(),
         "peak_memory_before_training_bytes": before,
         "matrix": limits(given.side, labeller.model, recipe, steps[WARM_UP:]),
-        "dtype": labeller.base.dtype,
-        "device": str(labeller.base.model.device),
-        "model": recipe.model.name,
         "method": recipe.method.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json"),
         "protocol": labeller.experiment.protocol.name,
-        "machine": harness.machine(*SHOWN),
     }
 
 
@@ -268,20 +247,6 @@ def require_same(losses: Mapping[str, float], results: Rounds) -> None:
                 raise JobFailed(f"{peer} trained on other tokens or targets than {OURS}")
 
 
-def share_of(own: Result, result: Result) -> float:
-    """Return which share of the round's matrix rate a side's steps reached."""
-    limit = own["matrix"]
-    needed = sum(limit["operations"].values()) / limit["operations_per_second"]
-    return float(needed / sum(result["seconds_per_step"]))
-
-
-def with_shares(results: Rounds) -> None:
-    """Write down each side's share of the machine's rate."""
-    for rounds in results.values():
-        for own, result in zip(results[OURS], rounds, strict=True):
-            result["share_of_matrix_rate"] = share_of(own, result)
-
-
 def report(losses: Mapping[str, float], results: Rounds, given: argparse.Namespace) -> str:
     """Return everything that is printed."""
     one = results[OURS][0]
@@ -298,7 +263,6 @@ def report(losses: Mapping[str, float], results: Rounds, given: argparse.Namespa
             results,
             RATE,
             ("tokens/step", lambda result: f"{result['tokens_per_step']:.0f}"),
-            ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"),
         ),
         "",
         *matrix_lines(results[OURS]),
@@ -338,38 +302,6 @@ def matrix_lines(rounds: Sequence[Result]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = arguments(argv)
-
-    def body() -> None:
-        if given.profile:
-            print(profile(given))
-            return
-        if given.side:
-            print(json.dumps(measure(given)))
-            return
-        wanted = (OURS, *peers_for(given, recipe_of(given).method.kind))
-        sides, missing = to_be_had(wanted)
-        harness.tell("checking that all sides have the same loss in float32")
-        losses = {side: run(argv, side, "--check")["loss"] for side in sides}
-        require_same(losses, {side: [] for side in sides})
-        results = harness.take_turns(
-            sides, given.rounds,
-            lambda side, turn: run(argv, side, "--round", str(turn)), rate=RATE,
-        )  # fmt: skip
-        require_same(losses, results)
-        with_shares(results)
-        harness.write(
-            given, "train.py", argv, first_loss_in_float32=losses, left_out=missing,
-            ratios=harness.ratios(results, RATE), results=results,
-        )  # fmt: skip
-        print("\n".join([report(losses, results, given), *missing]))
-
-    return harness.main(body)
-
-
 def run(argv: Sequence[str], side: str, *options: str) -> Result:
     """Measure one side once in a process of its own."""
     if side != "llama_factory":
@@ -392,6 +324,27 @@ def to_be_had(sides: Sequence[str]) -> tuple[list[str], list[str]]:
             why = "left out: its dependencies cannot be had beside these versions"
             return left, [f"llama_factory {why}: {error}"]
     return list(sides), []
+
+
+def compare(argv: Sequence[str], given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure all sides in turn; return what is printed and what is written."""
+    if given.profile:
+        return profile(given), {}
+    sides, missing = to_be_had((OURS, *peers_for(given, recipe_of(given).method.kind)))
+    one = partial(run, argv)
+    harness.tell("checking that all sides have the same loss in float32")
+    losses = harness.checked(sides, one, "loss")
+    require_same(losses, {side: [] for side in sides})
+    results = harness.in_turn(sides, given.rounds, one, rate=RATE)
+    require_same(losses, results)
+    return "\n".join([report(losses, results, given), *missing]), {
+        "first_loss_in_float32": losses, "left_out": missing, **harness.figures(results, RATE),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    return harness.bench(__file__, argv, arguments, measure, compare)
 
 
 if __name__ == "__main__":

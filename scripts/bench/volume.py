@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -185,24 +184,16 @@ def report(results: dict[str, list[Result]], given: argparse.Namespace) -> str:
     )
 
 
+def compare(argv: Sequence[str], given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure every number of rows in turn; return what is printed and what is written."""
+    sizes = [str(count) for count in given.rows]
+    results = harness.in_turn(sizes, given.rounds, harness.side_of(__file__, argv), rate=RATE)
+    return report(results, given), {"results": results}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = arguments(argv)
-
-    def body() -> None:
-        if given.side:
-            print(json.dumps(measure(given)))
-            return
-        results = harness.take_turns(
-            [str(count) for count in given.rows], given.rounds,
-            lambda size, turn: harness.run(__file__, argv, "--side", size, "--round", str(turn)),
-            rate=RATE,
-        )  # fmt: skip
-        harness.write(given, "volume.py", argv, results=results)
-        print(report(results, given))
-
-    return harness.main(body)
+    return harness.bench(__file__, argv, arguments, measure, compare)
 
 
 if __name__ == "__main__":

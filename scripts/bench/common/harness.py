@@ -1,4 +1,4 @@
-"""What all benchmarks share: processes, turns, medians, memory, machine, environments, tables.
+"""What all benchmarks share: processes, turns, medians, memory, machine, tables.
 
 Every measurement is a process of its own, so that memory, caches and thread pools of one side are
 not those of another, and sides take turns (A B A B ...), so that a machine that slows down slows
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,14 +36,52 @@ Rounds = Mapping[str, Sequence[Result]]
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def add_common(parser: argparse.ArgumentParser, *, rounds: int = 3) -> None:
-    """Add the options that every benchmark has."""
+def add_common(
+    parser: argparse.ArgumentParser,
+    *,
+    rounds: int = 3,
+    sides: Mapping[str, str] | None = None,
+    check: str | None = None,
+) -> None:
+    """Add the options that every benchmark has, and those of one side and of its `check`."""
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help="turns of each side (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which rows, in which order")
     parser.add_argument("-o", "--output", type=Path, help="also write everything to a JSON file")
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    if sides:
+        parser.epilog = f"{parser.epilog}; sides: " + "; ".join(
+            f"{name} = {text}" for name, text in sides.items()
+        )
+        parser.add_argument(
+            "--side", choices=sides, help="measure one side once and print its JSON, nothing else"
+        )
+    if check:
+        parser.add_argument("--check", action="store_true", help=f"with --side: {check}")
+
+
+def add_peers(
+    parser: argparse.ArgumentParser,
+    sides: Mapping[str, str],
+    default: str | None,
+    shown: str = "%(default)s",
+) -> None:
+    """Add the option that names the other sides."""
+    known = [name for name in sides if name != OURS]
+
+    def names(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"unknown {', '.join(unknown)} (known: {', '.join(known)})"
+            )
+        return found
+
+    parser.add_argument(
+        "--peers", type=names, default=default, metavar="A,B",
+        help=f"whom to measure beside {OURS} (default: {shown})",
+    )  # fmt: skip
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: str) -> None:
@@ -65,15 +102,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("expected 1 or more")
     return number
-
-
-def peers_of(parser: argparse.ArgumentParser, text: str, sides: Mapping[str, str]) -> list[str]:
-    """Split `--peers`; exits with 2 where one is unknown."""
-    peers = [name for name in text.split(",") if name]
-    if unknown := [name for name in peers if name not in sides or name == OURS]:
-        known = ", ".join(name for name in sides if name != OURS)
-        parser.error(f"--peers: unknown {', '.join(unknown)} (known: {known})")
-    return peers
 
 
 # --- processes that take turns ------------------------------------------------------------------
@@ -103,6 +131,11 @@ def run(
     return result
 
 
+def side_of(script: str, argv: Sequence[str]) -> Callable[..., Result]:
+    """Return what measures a side once, with further options, in a process of its own."""
+    return lambda side, *options: run(script, argv, "--side", side, *options)
+
+
 def take_turns(
     sides: Sequence[str], rounds: int, measure: Callable[[str, int], Result], *, rate: str
 ) -> dict[str, list[Result]]:
@@ -114,6 +147,38 @@ def take_turns(
             value = results[side][-1][rate]
             tell(f"round {turn + 1}: {side}: {value:.2f} {rate.replace('_', ' ')}")
     return results
+
+
+def in_turn(
+    sides: Sequence[str], rounds: int, one: Callable[..., Result], *, rate: str
+) -> dict[str, list[Result]]:
+    """Measure every side in turn by `one(side, *options)`; write down what share each reached."""
+    results = take_turns(
+        sides, rounds, lambda side, turn: one(side, "--round", str(turn)), rate=rate
+    )
+    with_shares(results)
+    return results
+
+
+def checked(sides: Sequence[str], one: Callable[..., Result], key: str) -> dict[str, Any]:
+    """Return what every side computes in float32 under `key`."""
+    return {side: one(side, "--check")[key] for side in sides}
+
+
+def with_shares(results: Rounds) -> None:
+    """Write down each side's share of the machine's matrix rate, where that was measured."""
+    measured = [own for own in results.get(OURS, ()) if own.get("matrix")]
+    for rounds in results.values() if measured else ():
+        for own, result in zip(measured, rounds, strict=True):
+            result["share_of_matrix_rate"] = share_of(own, result)
+
+
+def share_of(own: Result, result: Result) -> float:
+    """Return which share of the round's matrix rate a side reached."""
+    operations = own["matrix"]["operations"]
+    total = sum(operations.values()) if isinstance(operations, dict) else operations
+    seconds = result["seconds"] if "seconds" in result else sum(result["seconds_per_step"])
+    return float(total / own["matrix"]["operations_per_second"] / seconds)
 
 
 def tell(text: str) -> None:
@@ -136,70 +201,45 @@ def ratio_line(peer: str, values: Sequence[float]) -> str:
     return f"{OURS} / {peer}: {statistics.median(values):.2f}x (rounds: {each})"
 
 
-# --- an environment of one peer's own -----------------------------------------------------------
+# --- what is measured on ------------------------------------------------------------------------
 
 
-def peer_python(
-    name: str,
-    requirements: Sequence[str],
-    *,
-    constraints: Sequence[str] = (),
-    without: Sequence[str] = (),
-) -> Path:
-    """Return the Python of an environment that has a peer's requirements, made on first use.
-
-    Args:
-        name: The environment's name, under `build/bench` of the checkout.
-        requirements: What to install.
-        constraints: Further versions to hold to, as pip writes them.
-        without: Packages to take away again afterwards.
-
-    Packages of this Python are seen from there, torch above all; what the peer pins otherwise is
-    installed there, where it shadows them, and changes nothing here.
-
-    Raises:
-        JobFailed: they cannot be installed; the message ends with pip's own.
-    """
-    from llm_emo.errors import JobFailed
-
-    folder = ROOT / "build" / "bench" / name
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    done = folder / "complete"
-    wanted = "\n".join([*requirements, *constraints, *without])
-    if done.exists() and done.read_text("utf-8") == wanted:
-        return python
-    tell(f"{folder}: installing {', '.join(requirements)}")
-    venv.create(folder, clear=True, with_pip=True)
-    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    lines = [f"import site; site.addsitedir({path!r})" for path in here]
-    (_site_packages(python) / "parent.pth").write_text("\n".join(lines) + "\n", "utf-8")
-    held = folder / "constraints.txt"
-    held.write_text("".join(f"{line}\n" for line in constraints), "utf-8")
-    command = [python, "-m", "pip", "install", "--quiet", "-c", held, *requirements]
-    installed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        tail = " ".join(installed.stderr.strip().splitlines()[-6:])
-        raise JobFailed(f"{name}: {', '.join(requirements)} cannot be installed: {tail}")
-    if without:
-        command = [python, "-m", "pip", "uninstall", "--quiet", "--yes", *without]
-        subprocess.run(command, capture_output=True, check=True)
-    done.write_text(wanted, "utf-8")
-    return python
-
-
-def _site_packages(python: Path) -> Path:
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip())
-
-
-def stock(model: Any) -> Any:
+def stock(model: Any) -> None:
     """Give a model transformers' own attention back, which is what users of a peer have."""
+    attend_by(model, "sdpa")
+
+
+def attend_by(model: Any, name: str) -> None:
+    """Give a model the attention that transformers knows by this name."""
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation("sdpa")
-            return model
+            module.set_attn_implementation(name)
+            return
     raise ValueError("no model of transformers in it")
+
+
+def opened(given: argparse.Namespace, recipe: Any) -> Any:
+    """Return a recipe's labeller over the data that the arguments name.
+
+    Raises:
+        EmoError: recipe, data and model do not fit.
+    """
+    from llm_emo.experiment import Experiment, data_root
+    from llm_emo.labelling import open_labeller
+
+    return open_labeller(Experiment.prepare(recipe, data_root(given.data_root)))
+
+
+def described(given: argparse.Namespace, labeller: Any, *shown: str) -> Result:
+    """Return what every side tells besides its figures."""
+    return {
+        "side": given.side,
+        "round": given.round,
+        "dtype": labeller.base.dtype,
+        "device": str(labeller.base.model.device),
+        "model": labeller.experiment.recipe.model.name,
+        "machine": machine(*shown),
+    }
 
 
 # --- memory, machine ----------------------------------------------------------------------------
@@ -313,13 +353,14 @@ def columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rates_table(results: Rounds, rate: str, *extra: tuple[str, Callable[[Result], str]]) -> str:
-    """Return the rates of all sides (median, least, most), further columns, peak memory.
+    """Return the rates of all sides (median, least, most), further columns, share, peak memory.
 
     Args:
         results: What was measured.
         rate: The key of the rate.
         extra: Heads and what stands below them, of a side's first round.
     """
+    extra = (*extra, ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"))
     rows = []
     for side, rounds in results.items():
         rates = [result[rate] for result in rounds]
@@ -336,6 +377,41 @@ def rates_table(results: Rounds, rate: str, *extra: tuple[str, Callable[[Result]
         )
     heads = ["", rate.replace("_per_second", "/s"), "min", "max"]
     return columns([*heads, *(head for head, _ in extra), "peak memory"], rows)
+
+
+def bench(
+    script: str,
+    argv: Sequence[str] | None,
+    arguments: Callable[[Sequence[str]], argparse.Namespace],
+    measure: Callable[[argparse.Namespace], Result],
+    compare: Callable[[Sequence[str], argparse.Namespace], tuple[str, Mapping[str, Any]]],
+) -> int:
+    """Run a benchmark, or with `--side` one side of it; return the exit code.
+
+    Args:
+        script: The benchmark's file.
+        argv: What it is called with; None for the command line.
+        arguments: Parses that.
+        measure: Measures the side in this process; its result is printed as JSON.
+        compare: Measures all sides; returns what is printed, and what else `-o` keeps.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = arguments(argv)
+
+    def body() -> None:
+        if given.side:
+            print(json.dumps(measure(given)))
+            return
+        text, content = compare(argv, given)
+        write(given, Path(script).name, argv, **content)
+        print(text)
+
+    return main(body)
+
+
+def figures(results: Rounds, rate: str) -> dict[str, Any]:
+    """Return what is written of all sides."""
+    return {"ratios": ratios(results, rate), "results": results}
 
 
 def write(given: argparse.Namespace, script: str, argv: Sequence[str], **content: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import harness, trainers
+from common import environment, harness, trainers
 
 REQUIREMENTS = ("llamafactory==0.9.5",)
 CONFIG = "config.json"
@@ -42,7 +42,7 @@ def python() -> Path:
         JobFailed: its dependencies cannot be had.
     """
     torch = metadata.version("torch").partition("+")[0]
-    return harness.peer_python(
+    return environment.python_of(
         "llama_factory",
         REQUIREMENTS,
         constraints=[f"torch=={torch}"],
@@ -74,7 +74,7 @@ def prepare(folder: Path, recipe: Any, steps: trainers.Steps, warm_up: int) -> P
     arguments = {name: getattr(own, name) for name in SETTINGS} | {
         "stage": "sft",
         "do_train": True,
-        "model_name_or_path": str(source),
+        "model_name_or_path": str(_loaded_in(dtype, source, folder / "model")),
         "dataset": "rows",
         "template": "empty",  # rows are encoded already
         "tokenized_path": str(folder / "rows"),
@@ -100,6 +100,22 @@ def prepare(folder: Path, recipe: Any, steps: trainers.Steps, warm_up: int) -> P
     written = folder / CONFIG
     written.write_text(json.dumps({"arguments": arguments, "warm_up": warm_up}), "utf-8")
     return written
+
+
+def _loaded_in(dtype: str, source: Path, folder: Path) -> Path:
+    """Make a folder that holds the same model, in this dtype as its config has it.
+
+    LLaMA-Factory loads weights in the dtype that their config names and lays autocast over them;
+    so a checkpoint in float32 would keep norms and residuals in float32 under its `bf16`.
+    """
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config.pop("torch_dtype", None)  # as older versions call it
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}), "utf-8")
+    return folder
 
 
 def _without_sound() -> None:

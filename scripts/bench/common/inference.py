@@ -1,0 +1,57 @@
+"""What `score.py` and `generate.py` share: the same test rows on every side, and one clock."""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common import harness
+from common.harness import OURS, Result, Rounds
+
+RATE = "rows_per_second"
+
+Ids = tuple[int, ...]
+
+
+def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids]]:
+    """Return the recipe's labeller and the prompts of a round's random test rows.
+
+    Args:
+        given: The benchmark's arguments; with `--check` the model is in float32.
+        checked: How many rows `--check` takes at most.
+    """
+    from llm_emo import recipes
+
+    dtype = ("model.dtype=float32",) if given.check else ()
+    labeller = harness.opened(given, recipes.load(given.recipe, [*given.overrides, *dtype]))
+    labeller.model.eval()
+    examples = labeller.experiment.examples("test")
+    count = min(checked if given.check else given.rows, len(examples))
+    rows = random.Random(given.seed + given.round).sample(examples, count)
+    if given.side != OURS:
+        harness.stock(labeller.model)
+    return labeller, [row.prompt for row in labeller.encoder.encode(rows)]
+
+
+def timed(
+    side: Callable[[Sequence[Ids]], tuple[float, Any]], prompts: Sequence[Ids], warm_up: int
+) -> tuple[Any, Result]:
+    """Return what a side finds, and its figures; `warm_up` prompts run before."""
+    side(prompts[:warm_up])
+    harness.forget_peak()
+    seconds, found = side(prompts)
+    return found, {
+        RATE: len(prompts) / seconds,
+        "seconds": seconds,
+        "rows": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "peak_memory_bytes": harness.peak_memory(),
+    }
+
+
+def rate_line(results: Rounds) -> str:
+    """Return how fast this machine multiplies matrices of a pass's shapes."""
+    limits = [result["matrix"] for result in results[OURS]]
+    rate = statistics.median(limit["operations_per_second"] for limit in limits) / 1e9
+    return f"matrix products alone at {limits[0]['measured_at']['nodes']} nodes: {rate:.1f} GFLOP/s"
