@@ -14,7 +14,7 @@ from llm_emo.errors import EmoError, RecipeError, RunError, nearest
 from llm_emo.types import SPLITS, Split
 
 if TYPE_CHECKING:
-    from llm_emo.experiment import Experiment
+    from llm_emo.experiment import AnyExperiment, Experiment
 
 app = typer.Typer(
     name="llm-emo",
@@ -117,9 +117,16 @@ def check(
     """Check that recipe, prompt, data and model fit together; trains nothing."""
     _quiet()
     experiment, source = _experiment(recipe, set_, data_root)
-    from llm_emo import inspection
+    from llm_emo.experiment import BaselineExperiment
 
-    result = inspection.fit(experiment, source)
+    if isinstance(experiment, BaselineExperiment):
+        from llm_emo.baselines import inspection as of_baselines
+
+        result = of_baselines.fit(experiment, source)
+    else:
+        from llm_emo import inspection
+
+        result = inspection.fit(experiment, source)
     if "test" in result["splits"]:
         _warn(experiment.protocol.size_warning("test", result["splits"]["test"]["rows"]))
     _print(result, json_, "show_check")
@@ -139,7 +146,7 @@ def show(
     experiment, _ = _experiment(recipe, set_, data_root)
     from llm_emo import inspection
 
-    shown = inspection.examples(experiment, _split(split), count)
+    shown = inspection.examples(_llm(experiment, "show"), _split(split), count)
     _print({"examples": shown}, json_, "show_examples")
 
 
@@ -172,7 +179,7 @@ def plan(
     experiment, _ = _experiment(recipe, set_, data_root)
     from llm_emo.plan import plan as estimate
 
-    _print(estimate(experiment, gpu_memory=room, measure=measure), json_, "show_plan")
+    _print(estimate(_llm(experiment, "plan"), gpu_memory=room, measure=measure), json_, "show_plan")
 
 
 @app.command(
@@ -212,7 +219,7 @@ def train(
     else:
         runs.require_free(folder)
         experiment, source = _experiment(recipe, set_, data_root)
-        if experiment.recipe.train is None:
+        if experiment.recipe.method.kind == "zero_shot":
             raise RecipeError(
                 f"{source}: method zero_shot trains nothing; see `llm-emo evaluate {recipe}`"
             )
@@ -220,13 +227,13 @@ def train(
     from llm_emo import workflow
     from llm_emo.machine import processes
 
-    job = workflow.prepare(experiment)
+    prepared = workflow.prepare(experiment)
     state = processes()
     if not resume:
         if state.is_main_process:
             runs.create(folder, source, set_ or [], experiment)
         state.wait_for_everyone()
-    summary = workflow.train(job, runs.Run(folder), resume=resume)
+    summary = workflow.train(prepared, runs.Run(folder), resume=resume)
     if state.is_main_process:
         _print({"run": str(folder), **summary}, json_, "show_training")
 
@@ -305,10 +312,12 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
     format_: Annotated[
-        str,
-        typer.Option("--format", help="peft (an adapter folder), merged (a whole model), or "
-                     "chatglm2 (an adapter for programs that run ChatGLM2's original code)."),
-    ] = "peft",
+        str | None,
+        typer.Option("--format", show_default="peft",
+                     help="peft (an adapter folder), merged (a whole model), or chatglm2 (an "
+                     "adapter for programs that run ChatGLM2's original code). A specialised "
+                     "model has one form of its own."),
+    ] = None,
     merge_dtype: Annotated[
         str,
         typer.Option(help="With --format merged: auto (what the run computes in), float32, "
@@ -322,14 +331,25 @@ def export(
     """Write the adapter for use elsewhere; stock PEFT and transformers read it."""
     _quiet()
     from llm_emo import opening, runs
+    from llm_emo.experiment import BaselineExperiment
 
-    _one_of("--format", format_, ("peft", "merged", "chatglm2"))
+    _one_of("--format", format_ or "peft", ("peft", "merged", "chatglm2"))
     _one_of("--merge-dtype", merge_dtype, ("auto", "float32", "bfloat16", "float16", "nf4"))
     opened = runs.open_run(run)
     experiment = opening.from_run(opened, set_ or [], data_root)
-    from llm_emo.export import export as write
+    result: dict[str, Any]
+    if isinstance(experiment, BaselineExperiment):
+        if format_ or merge_dtype != "auto":
+            raise RunError(f"--format, --merge-dtype: {run} is a specialised model; leave them out")
+        from llm_emo.baselines import exported
 
-    result = write(experiment, opened, output, cast("Any", format_), cast("Any", merge_dtype))
+        result = exported.export(experiment, opened, output)
+    else:
+        from llm_emo.export import export as write
+
+        result = write(
+            experiment, opened, output, cast("Any", format_ or "peft"), cast("Any", merge_dtype)
+        )
     _print(result, json_, "show_path")
 
 
@@ -393,10 +413,21 @@ def _split(name: str) -> Split:
 
 def _experiment(
     recipe: str, overrides: list[str] | None, root: Path | None
-) -> tuple["Experiment", Path]:
+) -> tuple["AnyExperiment", Path]:
     from llm_emo import opening
 
     return opening.from_recipe(recipe, overrides or [], root)
+
+
+def _llm(experiment: "AnyExperiment", verb: str) -> "Experiment":
+    from llm_emo.experiment import BaselineExperiment
+
+    if isinstance(experiment, BaselineExperiment):
+        raise RecipeError(
+            f"`llm-emo {verb}` is about prompts and tokens, and method "
+            f"{experiment.recipe.method.kind} has none; see `llm-emo check`"
+        )
+    return experiment
 
 
 def _predicted(
@@ -407,7 +438,7 @@ def _predicted(
     output: Path | None,
     root: Path | None,
     overrides: list[str] | None,
-) -> tuple[Path, "Experiment"]:
+) -> tuple[Path, "AnyExperiment"]:
     from llm_emo import opening
 
     return opening.predicted(

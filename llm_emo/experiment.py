@@ -13,7 +13,7 @@ from llm_emo.errors import ProtocolError, RecipeError
 from llm_emo.labels import LabelSet
 from llm_emo.prompts import Prompt
 from llm_emo.protocols import Protocol, Splits
-from llm_emo.recipes import Recipe
+from llm_emo.recipes import AnyRecipe, BaselineRecipe, Recipe
 from llm_emo.types import SPLITS, Example, Row, Split
 
 DATA_ROOT_VARIABLE = "LLM_EMO_DATA"
@@ -27,19 +27,57 @@ def data_root(given: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What a recipe names, found and fitted together.
+class _Prepared:
+    """A recipe's rows and labels.
 
     `files` are the SHA-256 sums of the corpus files by relative path; for a hub dataset, its id.
     """
 
-    recipe: Recipe
     root: Path | None
     protocol: Protocol
-    prompt: Prompt
     labels: LabelSet
     splits: Splits
     files: dict[str, str]
+
+    @property
+    def _settings(self) -> AnyRecipe:
+        raise NotImplementedError
+
+    def rows(self, split: Split) -> tuple[Row, ...]:
+        """Return a split's rows, capped by `data.limit`, in the corpus's order.
+
+        Which rows a cap keeps depends on the seed alone.
+
+        Raises:
+            ProtocolError: the split is empty.
+        """
+        rows, data = self.splits.get(split), self._settings.data
+        limit = getattr(data.limit, split, None) if data.limit else None
+        if limit is None or limit >= len(rows):
+            return rows
+        kept = random.Random(f"{self._settings.seed}/{split}").sample(range(len(rows)), limit)
+        return tuple(rows[index] for index in sorted(kept))
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """What each uid is resampled with: its dialogue, or itself."""
+        return {
+            row.utterance.uid: row.utterance.dialogue or row.utterance.uid
+            for split in SPLITS
+            for row in getattr(self.splits, split)
+        }
+
+
+@dataclass(frozen=True)
+class Experiment(_Prepared):
+    """What an LLM's recipe names, found and fitted together."""
+
+    recipe: Recipe
+    prompt: Prompt
+
+    @property
+    def _settings(self) -> Recipe:
+        return self.recipe
 
     @classmethod
     def prepare(
@@ -57,37 +95,10 @@ class Experiment:
             ProtocolError: the protocol belongs to another corpus.
             PromptError: the prompt or a label's word is missing.
         """
-        data = recipe.data
-        protocol = protocols.get(data.protocol)
-        if protocol.dataset != data.dataset:
-            known = ", ".join(p.name for p in protocols.of(data.dataset))
-            raise ProtocolError(
-                f"data.protocol: {protocol.name} is a protocol of {protocol.dataset}, not of "
-                f"{data.dataset} (known there: {known})"
-            )
         prompt = prompt or prompts.load(recipe.prompt.name)
+        protocol = _protocol(recipe)
         labels = prompts.label_set(protocol.labels, prompt.language)
-        corpus = datasets.read(data.dataset, root, hub=data.hub)
-        splits = protocols.rows(
-            protocol, corpus, seed=recipe.seed, fold=data.fold, dev_fraction=data.dev_fraction
-        )
-        files = {"hub": data.hub} if data.hub else datasets.file_hashes(data.dataset, root)
-        return cls(recipe, root, protocol, prompt, labels, splits, files)
-
-    def rows(self, split: Split) -> tuple[Row, ...]:
-        """Return a split's rows, capped by `data.limit`, in the corpus's order.
-
-        Which rows a cap keeps depends on the seed alone.
-
-        Raises:
-            ProtocolError: the split is empty.
-        """
-        rows = self.splits.get(split)
-        limit = getattr(self.recipe.data.limit, split, None) if self.recipe.data.limit else None
-        if limit is None or limit >= len(rows):
-            return rows
-        kept = random.Random(f"{self.recipe.seed}/{split}").sample(range(len(rows)), limit)
-        return tuple(rows[index] for index in sorted(kept))
+        return cls(root, protocol, labels, *_rows(recipe, protocol, root), recipe, prompt)
 
     def render(self, rows: Sequence[Row]) -> list[Example]:
         """Render rows through the recipe's prompt."""
@@ -103,15 +114,6 @@ class Experiment:
         """The text of every label's answer, in label order."""
         return [self.prompt.answer(word) for word in self.labels.words]
 
-    @property
-    def clusters(self) -> dict[str, str]:
-        """What each uid is resampled with: its dialogue, or itself."""
-        return {
-            row.utterance.uid: row.utterance.dialogue or row.utterance.uid
-            for split in SPLITS
-            for row in getattr(self.splits, split)
-        }
-
     def labels_json(self) -> dict[str, Any]:
         """Return what `labels.json` holds."""
         return {
@@ -122,6 +124,68 @@ class Experiment:
             "answers": self.answers,
             "aliases": dict(self.labels.aliases),
         }
+
+
+@dataclass(frozen=True)
+class BaselineExperiment(_Prepared):
+    """What a specialised model's recipe names, found and fitted together."""
+
+    recipe: BaselineRecipe
+
+    @property
+    def _settings(self) -> BaselineRecipe:
+        return self.recipe
+
+    @classmethod
+    def prepare(cls, recipe: BaselineRecipe, root: Path | None) -> "BaselineExperiment":
+        """Read the corpus and make the splits.
+
+        Raises:
+            DatasetError: corpus files are absent or malformed.
+            ProtocolError: the protocol belongs to another corpus.
+        """
+        protocol = _protocol(recipe)
+        # A specialised model has numbers for classes, and needs no word for them.
+        labels = LabelSet(protocol.labels, protocol.labels)
+        return cls(root, protocol, labels, *_rows(recipe, protocol, root), recipe)
+
+    def labels_json(self) -> dict[str, Any]:
+        """Return what `labels.json` holds."""
+        return {"protocol": self.protocol.name, "names": list(self.labels.names)}
+
+
+AnyExperiment = Experiment | BaselineExperiment
+
+
+def prepare(recipe: AnyRecipe, root: Path | None) -> AnyExperiment:
+    """Prepare a recipe of either sort; raises what its `prepare` raises."""
+    if isinstance(recipe, BaselineRecipe):
+        return BaselineExperiment.prepare(recipe, root)
+    return Experiment.prepare(recipe, root)
+
+
+def _protocol(recipe: AnyRecipe) -> Protocol:
+    data = recipe.data
+    protocol = protocols.get(data.protocol)
+    if protocol.dataset != data.dataset:
+        known = ", ".join(p.name for p in protocols.of(data.dataset))
+        raise ProtocolError(
+            f"data.protocol: {protocol.name} is a protocol of {protocol.dataset}, not of "
+            f"{data.dataset} (known there: {known})"
+        )
+    return protocol
+
+
+def _rows(
+    recipe: AnyRecipe, protocol: Protocol, root: Path | None
+) -> tuple[Splits, dict[str, str]]:
+    data = recipe.data
+    corpus = datasets.read(data.dataset, root, hub=data.hub)
+    splits = protocols.rows(
+        protocol, corpus, seed=recipe.seed, fold=data.fold, dev_fraction=data.dev_fraction
+    )
+    files = {"hub": data.hub} if data.hub else datasets.file_hashes(data.dataset, root)
+    return splits, files
 
 
 def dialogues(rows: Sequence[Row]) -> list[list[int]]:

@@ -125,7 +125,7 @@ def _require_adapter(experiment: Experiment) -> None:
 
 
 def _require_mergeable(experiment: Experiment, run: runs.Run) -> None:
-    recipe, trained = experiment.recipe, run.recipe.model.quantization
+    recipe, trained = experiment.recipe, _trained_on(run)
     if isinstance(recipe.method, recipes.PTuningV2):
         raise AdapterError(
             "P-Tuning v2 adds keys and values, which no weight of the base model holds, so "
@@ -138,6 +138,13 @@ def _require_mergeable(experiment: Experiment, run: runs.Run) -> None:
             "where the result should be small, add --merge-dtype nf4, which rounds once, at the "
             "end"
         )
+
+
+def _trained_on(run: runs.Run) -> str:
+    """Return how the base was stored when the run was trained."""
+    recipe = run.recipe
+    assert isinstance(recipe, recipes.Recipe)
+    return recipe.model.quantization
 
 
 def _room(experiment: Experiment, merge_dtype: MergeDtype) -> tuple[int, str]:
@@ -158,7 +165,7 @@ def _merged(
     experiment: Experiment, run: runs.Run, folder: Path, merge_dtype: MergeDtype
 ) -> dict[str, Any]:
     """Merge into the unquantised base, and say how far that is from what the run computes."""
-    trained = run.recipe.model.quantization
+    trained = _trained_on(run)
     differences: dict[str, float] = {}
     own = None
     if trained != "none":

@@ -18,7 +18,7 @@ from transformers import set_seed
 from llm_emo import inspection, methods, parsing, recipes, runs
 from llm_emo.encoding import Encoder
 from llm_emo.errors import RunError
-from llm_emo.experiment import Experiment
+from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment
 from llm_emo.fetch import sha256_of
 from llm_emo.inference import Ids, generate, score
 from llm_emo.journal import Journal
@@ -37,6 +37,20 @@ class Labeller:
     base: auto.Base
     model: nn.Module
     encoder: Encoder
+
+    @property
+    def shown(self) -> str:
+        """What is said before it begins."""
+        return f"{self.base.name} in {self.base.dtype} on {self.base.model.device}"
+
+    def require_room(self, rows: Sequence[Row]) -> None:
+        """Raise PromptError where a row leaves no room for its answer."""
+        for _ in self.encoder.stream(self.rendered(rows)):
+            pass
+
+    def label(self, rows: Sequence[Row]) -> Iterator[Prediction]:
+        """Yield one prediction per row."""
+        return self.predict(self.rendered(rows))
 
     def rendered(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Render rows one at a time, as they are asked for."""
@@ -166,8 +180,49 @@ def open_labeller(experiment: Experiment, trained: runs.Run | Foreign | None = N
     return labeller
 
 
+class _Baseline:
+    """A run of a specialised model, which labels rows."""
+
+    def __init__(self, experiment: BaselineExperiment, run: runs.Run, split: Split) -> None:
+        from llm_emo.baselines import opening
+
+        processes()
+        self.experiment, self.split = experiment, split
+        self.model = opening.load(experiment, run.adapter)
+
+    @property
+    def shown(self) -> str:
+        """What is said before it begins."""
+        return str(self.experiment.recipe.method.kind)
+
+    def require_room(self, rows: Sequence[Row]) -> None:
+        """Accept all rows: what is too long is cut."""
+
+    def label(self, rows: Sequence[Row]) -> Iterator[Prediction]:
+        """Yield one prediction per row."""
+        experiment, names = self.experiment, self.experiment.labels.names
+        wanted = {row.utterance.uid: row.gold for row in rows}
+        # A dialogue is read whole, also where only some of its turns are asked for.
+        whole = experiment.recipe.method.reads_dialogues
+        read = experiment.rows(self.split) if whole else rows
+        for uid, shares in self.model.probabilities(read, self.split) if wanted else ():
+            if uid in wanted:
+                best = max(range(len(names)), key=shares.__getitem__)
+                yield Prediction(
+                    uid=uid,
+                    gold=wanted[uid],
+                    label=names[best],
+                    outcome="scored",
+                    probabilities=dict(zip(names, shares, strict=True)),
+                )
+
+
+Labelling = Labeller | _Baseline
+"""What `predict` asks: `shown`, `require_room`, `label`."""
+
+
 def predict(
-    experiment: Experiment, trained: runs.Run | Foreign | None, split: Split, folder: Path
+    experiment: AnyExperiment, trained: runs.Run | Foreign | None, split: Split, folder: Path
 ) -> Path:
     """Predict a split into `folder`, continuing what an earlier job left; return the file.
 
@@ -198,9 +253,14 @@ def predict(
                 "away, or choose another folder with -o"
             )
         return path
-    labeller = open_labeller(experiment, trained)
+    labeller: Labelling
+    if isinstance(experiment, Experiment):
+        labeller = open_labeller(experiment, trained)
+    else:
+        assert isinstance(trained, runs.Run)
+        labeller = _Baseline(experiment, trained, split)
     state = processes()
-    say(f"{labeller.base.name} in {labeller.base.dtype} on {labeller.base.model.device}")
+    say(labeller.shown)
     with contextlib.ExitStack() as stack:
         journal, done = None, [set[str]()]
         if state.is_main_process:
@@ -213,8 +273,7 @@ def predict(
         left = [row for row in split_rows if row.utterance.uid not in done[0]]
         if state.num_processes > 1:
             # A row without room for its answer ends every process, also that which prints.
-            for _ in labeller.encoder.stream(labeller.rendered(left)):
-                pass
+            labeller.require_room(left)
         bar = stack.enter_context(
             tqdm(
                 total=len(uids), initial=len(done[0]), desc=split, unit="row",
@@ -238,7 +297,7 @@ ROWS_PER_FLUSH = 64
 
 
 def _shared(
-    labeller: Labeller, rows: Sequence[Row], state: PartialState
+    labeller: Labelling, rows: Sequence[Row], state: PartialState
 ) -> Iterator[list[Prediction]]:
     """Yield the predictions of all processes' shares, some at a time.
 
@@ -248,14 +307,31 @@ def _shared(
     world, rank = state.num_processes, state.process_index
     cuts = [len(rows) * i // world for i in range(world + 1)]
     longest = max(end - start for start, end in itertools.pairwise(cuts))
-    own = labeller.predict(labeller.rendered(rows[cuts[rank] : cuts[rank + 1]]))
+    own = labeller.label(rows[cuts[rank] : cuts[rank + 1]])
     for _ in range(-(-longest // ROWS_PER_FLUSH)):
         chunk = list(itertools.islice(own, ROWS_PER_FLUSH))
         yield gather_object(chunk) if world > 1 else chunk
 
 
-def header(experiment: Experiment, trained: runs.Run | Foreign | None, split: Split) -> Header:
+def header(experiment: AnyExperiment, trained: runs.Run | Foreign | None, split: Split) -> Header:
     """Return what predictions of this split by this run, adapter or bare model are made under."""
+    if isinstance(experiment, BaselineExperiment):
+        assert isinstance(trained, runs.Run)
+        return Header(
+            protocol=experiment.protocol.name,
+            dataset=experiment.protocol.dataset,
+            split=split,
+            labels=experiment.labels.names,
+            files=experiment.files,
+            run=trained.id,
+            model=experiment.recipe.method.kind,
+            revision=None,
+            adapter=_folder_sum(trained.adapter),
+            versions=runs.versions(),
+            mode="classify",
+            prompt=None,
+            settings=_settings(experiment.recipe),
+        )
     recipe, prompt = experiment.recipe, experiment.prompt
     return Header(
         protocol=experiment.protocol.name,
@@ -280,12 +356,21 @@ def _adapter_sum(trained: runs.Run | Foreign) -> str:
     return sha256_of(whole if whole.is_file() else methods.weights_of(folder))
 
 
-def _settings(recipe: recipes.Recipe) -> str:
+def _folder_sum(folder: Path) -> str:
+    """Hash every file below a folder, with its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in files]
+    return _sha256("\n".join(sums))
+
+
+def _settings(recipe: recipes.AnyRecipe) -> str:
     """Hash what of the recipe can change a prediction, training apart: that is the adapter's.
 
     `dtype: auto` counts as what this machine makes of it.
     """
     content = recipe.model_dump(mode="json", exclude={"train": True})
+    if isinstance(recipe, recipes.BaselineRecipe):
+        return _sha256(json.dumps(content, sort_keys=True))[:12]
     content["model"]["dtype"] = str(auto.dtype_of(recipe.model, recipe.method))
     del content["inference"]["tokens_per_pass"]
     if recipe.inference.mode == "score":

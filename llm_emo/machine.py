@@ -31,6 +31,22 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+def peak_memory() -> int | None:
+    """Return the most memory that this process has held, in bytes.
+
+    Of the GPU where there is one, else of the process, all that was loaded before included; None
+    where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @contextlib.contextmanager
 def writing(place: Path, then: str) -> Iterator[None]:
     """Turn a disk that is full or cannot be written into one message about `place`.

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from llm_emo import prompts, recipes, runs
 from llm_emo.errors import RunError
-from llm_emo.experiment import Experiment, data_root
+from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment, data_root, prepare
 from llm_emo.types import Split
 
 
-def from_recipe(recipe: str, overrides: list[str], root: Path | None) -> tuple[Experiment, Path]:
+def from_recipe(recipe: str, overrides: list[str], root: Path | None) -> tuple[AnyExperiment, Path]:
     """Prepare a recipe's experiment; return it with the recipe's file.
 
     Args:
@@ -18,10 +18,10 @@ def from_recipe(recipe: str, overrides: list[str], root: Path | None) -> tuple[E
         root: The data root that was given, if any.
     """
     loaded = recipes.load(recipe, overrides)
-    return Experiment.prepare(loaded, data_root(root)), recipes.source(recipe)
+    return prepare(loaded, data_root(root)), recipes.source(recipe)
 
 
-def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> Experiment:
+def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> AnyExperiment:
     """Prepare a run's experiment again, from its own recipe and prompt.
 
     Raises:
@@ -30,12 +30,16 @@ def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> Experime
     recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *overrides])
     recorded = run.environment
     found = data_root(root) or (recorded["data_root"] and Path(recorded["data_root"]))
-    prompt = None
-    if recipe.prompt.name == run.recipe.prompt.name:
-        # The shipped prompt may have been edited since; the adapter learned the run's own.
-        kept = prompts.load(str(run.folder / "prompt.yaml"))
-        prompt = dataclasses.replace(kept, name=Path(recipe.prompt.name).stem)
-    experiment = Experiment.prepare(recipe, found, prompt)
+    experiment: AnyExperiment
+    if isinstance(recipe, recipes.BaselineRecipe):
+        experiment = BaselineExperiment.prepare(recipe, found)
+    else:
+        begun, prompt = run.recipe, None
+        if isinstance(begun, recipes.Recipe) and recipe.prompt.name == begun.prompt.name:
+            # The shipped prompt may have been edited since; the adapter learned the run's own.
+            kept = prompts.load(str(run.folder / "prompt.yaml"))
+            prompt = dataclasses.replace(kept, name=Path(recipe.prompt.name).stem)
+        experiment = Experiment.prepare(recipe, found, prompt)
     if experiment.files != recorded["files"]:
         raise RunError(
             f"{run.folder}: the corpus files have changed since the run was begun; "
@@ -53,7 +57,7 @@ def predicted(
     output: Path | None,
     root: Path | None,
     overrides: list[str],
-) -> tuple[Path, Experiment]:
+) -> tuple[Path, AnyExperiment]:
     """Predict a split of a run or of a zero-shot recipe, where that is not done yet.
 
     With `adapter`, the zero-shot recipe's model wears it: an adapter from elsewhere.
@@ -66,6 +70,9 @@ def predicted(
         AdapterError: the adapter cannot be read, or no recipe could state it.
     """
     changes = [*overrides, *([] if mode is None else [f"inference.mode={mode}"])]
+    what = Path(source) / "recipe.yaml" if runs.is_run(Path(source)) else source
+    if mode is not None and isinstance(recipes.load(str(what)), recipes.BaselineRecipe):
+        raise RunError(f"--mode: {source} is a specialised model, which neither scores nor writes")
     run = None
     if adapter is not None and (Path(source).is_dir() or output is None):
         raise RunError(
@@ -92,6 +99,7 @@ def predicted(
         return labelling.predict(experiment, run, split, folder), experiment
     from llm_emo.models import adapters
 
+    assert isinstance(experiment, Experiment)
     recipe = experiment.recipe.model_copy(update={"method": adapters.method_of(adapter)})
     experiment = dataclasses.replace(experiment, recipe=recipe)
     return labelling.predict(experiment, labelling.Foreign(adapter), split, folder), experiment

@@ -10,11 +10,13 @@ from llm_emo.recipes import Train
 MOMENTUM = 0.9
 
 
-def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
     """Return the optimiser of a recipe's training section, over the parameters that learn.
 
-    `adamw` is left to transformers, which parts the parameters that decay from those that do not;
-    for the others, `weight_decay` is an L2 penalty on all.
+    For the others than AdamW, `weight_decay` is an L2 penalty on all parameters.
+
+    Returns:
+        None for `adamw`: transformers makes it, and parts what decays from what does not.
     """
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     rate, decay = train.learning_rate, train.weight_decay
@@ -28,4 +30,4 @@ def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimi
         case "adadelta":
             return torch.optim.Adadelta(learning, lr=rate, weight_decay=decay)
         case "adamw":
-            raise ValueError("transformers makes this one")
+            return None

@@ -52,7 +52,7 @@ class Header(BaseModel):
     revision: str | None
     adapter: str | None
     versions: dict[str, str]
-    mode: Literal["score", "generate"]
+    mode: Literal["score", "generate", "classify"]
     prompt: str | None
     settings: str | None = None
 

@@ -24,7 +24,7 @@ def run(folder: Path) -> dict[str, Any]:
     say(f"cache folder: {fetch.cache_dir()}")
     result: dict[str, Any] = {"methods": [], "exports": {}, "cache": str(fetch.cache_dir())}
     for name in RECIPES:
-        recipe = recipes.load(name)
+        recipe = recipes.load_llm(name)
         experiment = Experiment.prepare(recipe, None)
         kind = recipe.method.kind
         target = folder / kind
@@ -75,7 +75,7 @@ def _exported(experiment: Experiment, run: runs.Run, target: Path) -> dict[str, 
     if target.exists():  # written by an earlier call, perhaps from another training
         shutil.rmtree(target)
     export.export(experiment, run, target, "peft")
-    exact = recipes.load(str(run.folder / "recipe.yaml"), ["model.dtype=float32"])
+    exact = recipes.load_llm(str(run.folder / "recipe.yaml"), ["model.dtype=float32"])
     precise = Experiment.prepare(exact, None)
     labeller = labelling.open_labeller(precise, run)
     difference = export.difference_from_stock(labeller, target, ROWS_COMPARED)

@@ -466,6 +466,20 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     return recipe
 
 
+def load_llm(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe as `load` does; one of a specialised model is refused.
+
+    Raises:
+        RecipeError: as `load`, or the recipe's method is a specialised model.
+    """
+    recipe = load(path_or_name, overrides)
+    if isinstance(recipe, BaselineRecipe):
+        raise RecipeError(
+            f"{path_or_name}: method {recipe.method.kind} is a specialised model; expected an LLM"
+        )
+    return recipe
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe file, for editors; `recipes/schema.json` is this."""
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -1,11 +1,12 @@
 """The run folder: everything that a number depends on, beside the number.
 
 recipe.yaml          the recipe's text as it was read, and overrides.json
-prompt.yaml          the prompt file's text
+prompt.yaml          the prompt file's text; a specialised model has none
 labels.json          label names, words, answers, aliases
 environment.json     versions, revisions, hashes of the corpus files, splits, hardware
 log.jsonl            one object a step or evaluation
-adapter/             what was learned, as stock PEFT reads it, and its fingerprint
+adapter/             what was learned, as stock PEFT reads it, and its fingerprint; of a
+                     specialised model all that it is
 checkpoints/         to resume from
 <split>.predictions.jsonl, <split>.report.json
 """
@@ -26,8 +27,8 @@ from typing import Any
 
 from llm_emo import __version__, recipes
 from llm_emo.errors import JobFailed, RunError
-from llm_emo.experiment import Experiment
-from llm_emo.recipes import Recipe
+from llm_emo.experiment import AnyExperiment, Experiment
+from llm_emo.recipes import AnyRecipe, Recipe
 from llm_emo.types import Split
 
 PACKAGES = (
@@ -58,7 +59,7 @@ class Run:
         return self.folder / "log.jsonl"
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> AnyRecipe:
         """The recipe with the overrides that it was run with."""
         return recipes.load(str(self.folder / "recipe.yaml"), self.overrides)
 
@@ -156,7 +157,7 @@ def require_free(folder: Path) -> None:
         raise RunError(f"{folder}: {what}; choose another folder with -o{or_else}")
 
 
-def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Experiment) -> Run:
+def create(folder: Path, source: Path, overrides: Sequence[str], experiment: AnyExperiment) -> Run:
     """Make a run folder; it appears complete or not at all.
 
     Raises:
@@ -169,7 +170,8 @@ def create(folder: Path, source: Path, overrides: Sequence[str], experiment: Exp
     try:
         partial.mkdir(parents=True, exist_ok=True)
         (partial / "recipe.yaml").write_bytes(source.read_bytes())
-        (partial / "prompt.yaml").write_text(experiment.prompt.verbatim, "utf-8")
+        if isinstance(experiment, Experiment):
+            (partial / "prompt.yaml").write_text(experiment.prompt.verbatim, "utf-8")
         for name, content in (
             ("overrides.json", list(overrides)),
             ("labels.json", experiment.labels_json()),
@@ -210,9 +212,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(run_id: str | None, experiment: Experiment) -> dict[str, Any]:
+def environment(run_id: str | None, experiment: AnyExperiment) -> dict[str, Any]:
     """Return what `environment.json` holds before a model is loaded."""
     recipe = experiment.recipe
+    model = recipe.model.name if isinstance(recipe, Recipe) else recipe.method.kind
     return {
         "run": run_id,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -221,8 +224,8 @@ def environment(run_id: str | None, experiment: Experiment) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "git_commit": _git_commit(),
-        "model": recipe.model.name,
-        "revision": recipe.model.revision,
+        "model": model,
+        "revision": recipe.model.revision if isinstance(recipe, Recipe) else None,
         "dataset": recipe.data.dataset,
         "data_root": None if experiment.root is None else str(experiment.root),
         "files": experiment.files,

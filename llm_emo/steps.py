@@ -6,7 +6,8 @@ the rows that the uninterrupted one would.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -33,26 +34,30 @@ class Steps(Sampler[list[list[int]]]):
     has as many steps; one without a row in a step has one empty pass there.
 
     Args:
-        rows: The encoded training rows.
+        rows: The training rows; encoded ones where passes have a budget of tokens.
         settings: How many rows meet in a step, and how many may meet in a pass.
         seed: With the epoch, it decides the order.
         dialogues: The numbers of the rows that stay together, in their order; each row is in
             exactly one. Without them, rows are drawn one by one.
+        order: Gives the rows of an epoch, in order, instead of a drawn permutation; a row may
+            stand there more than once. Refused with dialogues.
         rank: This process.
         world: The number of processes.
     """
 
     def __init__(
         self,
-        rows: Sequence[Encoded],
+        rows: Sequence[Any],
         settings: Train,
         *,
         seed: int,
         dialogues: Sequence[Sequence[int]] | None = None,
+        order: Callable[[int], Sequence[int]] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.rows, self.settings = rows, settings
+        assert order is None or dialogues is None
+        self.rows, self.settings, self.order = rows, settings, order
         self.together = dialogues is not None
         self.units = [[row] for row in range(len(rows))] if dialogues is None else dialogues
         self.seed, self.rank, self.world = seed, rank, world
@@ -76,8 +81,11 @@ class Steps(Sampler[list[list[int]]]):
         next few that fits is taken; where none does, or the step is empty, the first is cut: the
         step takes its first turns, and the next step begins with the others.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.units), generator=generator).tolist()
+        if self.order is None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(len(self.units), generator=generator).tolist()
+        else:
+            order = list(self.order(self.epoch))
         rest = [self.units[unit] for unit in reversed(order)]  # the next one stands last
         while rest:
             step: list[int] = []

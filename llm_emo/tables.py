@@ -69,13 +69,17 @@ def show_check(result: dict[str, Any]) -> None:
     console.print(
         f"{escape(result['recipe'])}: {result['protocol']}, {', '.join(result['labels'])}"
     )
-    table = Table("split", "rows", "tokens (median)", "tokens (longest)", "shortened texts")
+    llm = "facts" not in result
+    columns = ["rows", "tokens (median)", "tokens (longest)", "shortened texts"]
+    table = Table("split", *(columns if llm else ["rows", *result["labels"]]))
     for split, values in result["splits"].items():
         table.add_row(split, *(str(value) for value in values.values()))
     console.print(table)
+    for name, value in ({} if llm else result["facts"]).items():
+        console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
     if result.get("test_texts_in_train"):
         console.print(f"{result['test_texts_in_train']} test texts also stand in train")
-    console.print("recipe, prompt, data, tokenizer and model fit")
+    console.print(f"recipe, {'prompt, data, tokenizer' if llm else 'data'} and model fit")
 
 
 def show_examples(result: dict[str, Any]) -> None:
@@ -92,12 +96,15 @@ def show_examples(result: dict[str, Any]) -> None:
 def show_training(result: dict[str, Any]) -> None:
     """Print where a finished run lies and how it was trained."""
     run, saved = result["tokens_run"], result["tokens_saved"]
-    ((metric, value),) = result["best_dev"].items()
+    spared = f"; {saved / (run + saved):.0%} of {run + saved:,} tokens saved" if run else ""
+    rate = f" at {result['examples_per_second']:.1f} examples/s" if result["steps"] else ""
+    reached = "".join(
+        f"; dev {metric} {value:.4f} at step {result['best_step']}"
+        for metric, value in result["best_dev"].items()
+    )
     _console().print(
         f"{escape(result['run'])}: {result['trainable_parameters']:,} parameters learned from "
-        f"{result['training_rows']:,} rows at {result['examples_per_second']:.1f} examples/s; "
-        f"{saved / (run + saved):.0%} of {run + saved:,} tokens saved; "
-        f"dev {metric} {value:.4f} at step {result['best_step']}\n"
+        f"{result['training_rows']:,} rows{rate}{spared}{reached}\n"
         f"next: llm-emo evaluate {escape(result['run'])}"
     )
 

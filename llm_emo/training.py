@@ -1,8 +1,8 @@
-"""Training: a thin `transformers.Trainer` whose batches are token tries.
+"""Training: a thin `transformers.Trainer`, the one loop of LLMs and specialised models.
 
-A step is a list of passes, one trie each. The loss is the mean over the answer tokens of the
-*global* batch, whatever the number of processes, passes and answer lengths: (x1 / n1) + (x2 / n2)
-is not (x1 + x2) / (n1 + n2).
+A step is a list of passes; an LLM's are one token trie each. The loss is the mean over the targets
+(answer tokens, or rows) of the *global* batch, whatever the number of processes, passes and answer
+lengths: (x1 / n1) + (x2 / n2) is not (x1 + x2) / (n1 + n2).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import PartialState
@@ -33,6 +33,7 @@ from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
 from llm_emo.machine import say
+from llm_emo.methods import untrained
 from llm_emo.recipes import Train
 from llm_emo.steps import sequence
 from llm_emo.trie import TokenTrie, node_logits
@@ -46,23 +47,23 @@ COUNTS = "counts"
 """The key of a checkpoint's trainer state under which the totals of the run so far stand."""
 
 
-class _EpochLoader(DataLoader[list[Encoded]]):
+class _EpochLoader(DataLoader[Any]):
     """A loader that passes the epoch on to its batch sampler, as the Trainer expects."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class _Rows(Dataset[list[Encoded]]):
-    """The encoded rows, several at a time: those of a pass."""
+class _Rows(Dataset[list[Any]]):
+    """The rows, several at a time: those of a pass."""
 
-    def __init__(self, rows: Sequence[Encoded]) -> None:
+    def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, numbers: Sequence[int]) -> list[Encoded]:
+    def __getitem__(self, numbers: Sequence[int]) -> list[Any]:
         return [self.rows[number] for number in numbers]
 
 
@@ -88,11 +89,6 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     return {"trie": trie, "nodes": nodes, "where": where, "labels": labels}
 
 
-def collate_step(passes: Sequence[Sequence[Encoded]]) -> list[Batch]:
-    """Fold every pass of a step."""
-    return [collate(rows) for rows in passes]
-
-
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the summed cross-entropy of the batch's answer tokens, in nats; shape ().
 
@@ -103,15 +99,88 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits[where], labels, reduction="sum", ignore_index=IGNORED)
 
 
-class TrieTrainer(Trainer):
-    """The one training loop: every method, every LLM.
+class Size(NamedTuple):
+    """What a pass holds."""
+
+    targets: int
+    """What the loss is a mean over."""
+    tokens_run: int
+    tokens_saved: int
+    examples: int
+
+
+class Task(Protocol):
+    """What a model learns: how rows become a pass, and what the pass loses."""
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Return a pass over rows; without rows, one that adds nothing to loss and size."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss summed over the targets of a pass, shape ()."""
+        ...
+
+    def size(self, batch: Batch) -> Size:
+        """Return what a pass holds."""
+        ...
+
+    def save(self, folder: Path, model: nn.Module) -> None:
+        """Write what a checkpoint must hold of the model."""
+        ...
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def idle(self, model: nn.Module) -> list[str]:
+        """Return the layers that have learned nothing."""
+        ...
+
+
+class Answers:
+    """An LLM learns the tokens of its answers."""
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Fold rows into one trie."""
+        return collate(rows)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the summed cross-entropy of the answer tokens, in nats."""
+        return answer_loss(model, batch)
+
+    def size(self, batch: Batch) -> Size:
+        """Count answer tokens, and what the trie ran and spared."""
+        targets = int((batch["labels"] != IGNORED).sum())
+        if not targets:
+            return Size(0, 0, 0, 0)
+        trie = batch["trie"]
+        return Size(targets, len(trie), trie.saved, len(trie.lengths))
+
+    def save(self, folder: Path, model: nn.Module) -> None:
+        """Write the parameters that learn."""
+        checkpoints.save_model(folder, model)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read the parameters that learn."""
+        checkpoints.load_model(folder, model)
+
+    def idle(self, model: nn.Module) -> list[str]:
+        """Return the adapter layers that are still what training started from."""
+        return untrained(model)
+
+
+class EmoTrainer(Trainer):
+    """The one training loop: every method, every model.
 
     Args:
-        model: The adapted model.
+        model: What learns.
         args: Arguments from `training_arguments`.
-        rows: Encoded training rows.
+        rows: Training rows, as the task reads them.
         steps: Which of them meet in a step and in a pass, and in what order.
         validate: Measures the model on dev; returns metrics without the `eval_` in front.
+        callbacks: What else happens at steps.
+        task: What is learned; by default an LLM's answers.
+        optimizer: By default AdamW, as the arguments say.
     """
 
     def __init__(
@@ -119,15 +188,16 @@ class TrieTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        rows: Sequence[Encoded],
+        rows: Sequence[Any],
         steps: Sampler[list[list[int]]],
         validate: Callable[[nn.Module], Mapping[str, float]],
         callbacks: Sequence[TrainerCallback],
+        task: Task | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        empty = [row.uid for row in rows if not row.answer]
-        if not rows or empty:
-            raise JobFailed(f"no answer tokens to learn from: {empty[:3] or 'no training rows'}")
-        self.steps, self.validate = steps, validate
+        if not rows:
+            raise JobFailed("no training rows to learn from")
+        self.steps, self.validate, self.task = steps, validate, task or Answers()
         self.control: TrainerControl
         # Of the whole run and of all processes; checkpoints carry them over an interruption.
         self.totals: dict[str, float] = dict.fromkeys(
@@ -138,35 +208,31 @@ class TrieTrainer(Trainer):
             args=args,
             train_dataset=_Rows(rows),
             eval_dataset=_Rows(rows[:1]),  # never read: `evaluate` measures dev by itself
-            data_collator=collate_step,
+            data_collator=self._collate,
             callbacks=list(callbacks),
+            optimizers=(optimizer, None),
         )
         # It would print every log entry on stdout, where results belong.
         self.remove_callback(PrinterCallback)
         # The loss below is divided by the whole step's answer tokens already.
         self.loss_is_scaled_for_ga = True
 
-    def get_train_dataloader(self) -> DataLoader[list[Encoded]]:
-        """Return this process's steps, each a list of passes; tries are built as they are drawn."""
-        return _EpochLoader(self.train_dataset, batch_sampler=self.steps, collate_fn=collate_step)
+    def _collate(self, passes: Sequence[Sequence[Any]]) -> list[Batch]:
+        return [self.task.collate(rows) for rows in passes]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's steps, each a list of passes, which are made as they are drawn."""
+        return _EpochLoader(self.train_dataset, batch_sampler=self.steps, collate_fn=self._collate)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[list[Batch]], device: torch.device
     ) -> Tensor:
-        """Return the answer tokens of the global batch, shape (), and count what it holds."""
-        passes = [batch for step in batch_samples for batch in step]
-        real = [batch for batch in passes if (batch["labels"] != IGNORED).any()]  # not empty
-        tries = [batch["trie"] for batch in real]
-        own = torch.tensor(
-            [
-                sum(int((batch["labels"] != IGNORED).sum()) for batch in real),
-                sum(len(trie) for trie in tries),
-                sum(trie.saved for trie in tries),
-                sum(len(trie.lengths) for trie in tries),
-            ],
-            device=device,
-        )
+        """Return the targets of the global batch, shape (), and count what it holds."""
+        sizes = [self.task.size(batch) for step in batch_samples for batch in step]
+        own = torch.tensor(sizes, dtype=torch.long, device=device).sum(0)
         whole = torch.as_tensor(self.accelerator.gather(own)).view(-1, len(own)).sum(0)
+        if not whole[0]:
+            raise JobFailed("no answer tokens or labels to learn from in a whole step")
         counted = zip(("tokens_run", "tokens_saved", "examples"), whole[1:].tolist(), strict=True)
         for name, count in counted:
             self.totals[name] += count
@@ -211,7 +277,7 @@ class TrieTrainer(Trainer):
         """Return this share's part of the global mean, shape ()."""
         assert num_items_in_batch is not None
         # Gradients are averaged over processes, hence the factor.
-        share: Tensor = answer_loss(model, inputs) * self.accelerator.num_processes
+        share: Tensor = self.task.loss(model, inputs) * self.accelerator.num_processes
         return share / num_items_in_batch
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -243,7 +309,7 @@ class TrieTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         checkpoints.save_rng(partial, self.args.process_index)
         if self.args.should_save:
-            checkpoints.save_model(partial, self.model)
+            self.task.save(partial, self.model)
             checkpoints.save_optimizer(partial, self.optimizer, self.lr_scheduler)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
@@ -281,10 +347,10 @@ class TrieTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        checkpoints.load_model(Path(resume_from_checkpoint), self.model)
+        self.task.load(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
-        checkpoints.load_model(self._folder(self.state.best_global_step), self.model)
+        self.task.load(self._folder(self.state.best_global_step), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

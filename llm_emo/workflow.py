@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_emo import checkpoints, methods, metrics, recipes, runs, training
+from llm_emo import checkpoints, methods, metrics, optimizers, recipes, runs, training
 from llm_emo.encoded_rows import encoded
-from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
-from llm_emo.experiment import Experiment
+from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment, dialogues_of
 from llm_emo.labelling import Labeller, open_labeller
-from llm_emo.machine import processes, say, writing
+from llm_emo.machine import peak_memory, processes, say, writing
 from llm_emo.models import auto
-from llm_emo.steps import Steps, dialogues_of
+from llm_emo.protocols import Protocol
+from llm_emo.steps import Steps
 from llm_emo.types import Example
 
 
@@ -35,8 +35,8 @@ class Progress(TrainerCallback):
     and how many the trie saved.
     """
 
-    def __init__(self, log: Path, counts: Any) -> None:
-        self.log, self.counts = log, counts
+    def __init__(self, log: Path, counts: Any, idle: Callable[[nn.Module], list[str]]) -> None:
+        self.log, self.counts, self.find_idle = log, counts, idle
         self.idle: list[str] = []
         self.bar: Any = None
         self.started = 0.0
@@ -76,14 +76,14 @@ class Progress(TrainerCallback):
         entry = {"step": state.global_step, **logs}
         if "loss" in logs:
             entry |= counts
-            share = counts["tokens_saved"] / (counts["tokens_run"] + counts["tokens_saved"])
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, {counts['examples_per_second']:.1f} examples/s, "
-                f"{share:.0%} of tokens saved"
-            )
+            shown = f"loss {logs['loss']:.3f}, {counts['examples_per_second']:.1f} examples/s"
+            if counts["tokens_saved"]:
+                share = counts["tokens_saved"] / (counts["tokens_run"] + counts["tokens_saved"])
+                shown += f", {share:.0%} of tokens saved"
+            self.bar.set_postfix_str(shown)
         elif any(name.startswith("eval_") for name in logs):
-            shown = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-            text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            values = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+            text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             tqdm.write(f"dev at step {state.global_step}: {text}", file=sys.stderr)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -92,7 +92,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note which layers have learned nothing so far; afterwards the best state is loaded."""
-        self.idle = methods.untrained(kwargs["model"])
+        self.idle = self.find_idle(kwargs["model"])
 
     def close(self) -> None:
         """Close the bar, so that nothing is drawn over what is printed next."""
@@ -112,19 +112,32 @@ def _step(line: str) -> float:
 class Job:
     """Everything that training needs, before anything is written."""
 
-    labeller: Labeller
-    rows: Sequence[Encoded]
-    dev: Sequence[Example]
+    experiment: AnyExperiment
+    model: nn.Module
+    rows: Sequence[Any]
     steps: Steps
     settings: recipes.Train
+    task: training.Task
+    measure: Callable[[nn.Module], Mapping[str, float]]
+    """Gives the protocol's metrics on dev."""
+    keep: Callable[[Path], None]
+    """Writes what was learned, into a folder that it makes."""
+    facts: Mapping[str, Any]
+    """What the run folder says of model and rows."""
 
-    @property
-    def shortened(self) -> int:
-        """Training texts that lost their end or some history to `prompt.max_length`."""
-        return sum(row.dropped > 0 for row in self.rows)
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model that is fitted at once, without steps."""
+
+    rows: int
+    parameters: int
+    seconds: float
+    keep: Callable[[Path], None]
+    facts: Mapping[str, Any]
 
 
-def prepare(experiment: Experiment) -> Job:
+def prepare(experiment: AnyExperiment) -> Job | Fitted:
     """Load the model and encode the rows: all that can fail before there is a run folder.
 
     Raises:
@@ -132,10 +145,14 @@ def prepare(experiment: Experiment) -> Job:
         ModelError: the model cannot be used.
         PromptError: an example leaves no room for its answer.
     """
-    recipe = experiment.recipe
-    settings = recipe.train
+    settings = experiment.recipe.train
+    if isinstance(experiment, BaselineExperiment) and settings is None:
+        from llm_emo.baselines import fitting
+
+        return fitting.fit(experiment)
     if settings is None:
-        raise RecipeError("method zero_shot trains nothing; use `llm-emo evaluate RECIPE`")
+        kind = experiment.recipe.method.kind
+        raise RecipeError(f"method {kind} trains nothing; use `llm-emo evaluate RECIPE`")
     state = processes()
     if (
         state.num_processes == 1
@@ -146,6 +163,15 @@ def prepare(experiment: Experiment) -> Job:
             "one process: `accelerate launch --cpu` starts more only through MPI; "
             "`accelerate launch --multi_gpu --num_processes 2` starts two, also without a GPU"
         )
+    if isinstance(experiment, Experiment):
+        return _prepare_llm(experiment, settings)
+    from llm_emo.baselines import fitting
+
+    return fitting.prepare(experiment, settings)
+
+
+def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
+    recipe, state = experiment.recipe, processes()
     dialogues = dialogues_of(experiment)
     dev = experiment.examples("dev")
     labeller = open_labeller(experiment)
@@ -159,26 +185,43 @@ def prepare(experiment: Experiment) -> Job:
         rows, settings, seed=recipe.seed, dialogues=dialogues,
         rank=state.process_index, world=state.num_processes,
     )  # fmt: skip
-    job = Job(labeller, rows, dev, steps, settings)
-    if job.shortened:
-        say(f"{job.shortened} of {len(rows)} training texts were shortened to prompt.max_length")
-    return job
+    shortened = sum(row.dropped > 0 for row in rows)
+    if shortened:
+        say(f"{shortened} of {len(rows)} training texts were shortened to prompt.max_length")
+
+    def keep(folder: Path) -> None:
+        methods.save_adapter(model, folder)
+        methods.write_fingerprint(folder, labeller.fingerprint())
+
+    return Job(
+        experiment,
+        model,
+        rows,
+        steps,
+        settings,
+        training.Answers(),
+        _Dev(labeller, dev).measure,
+        keep,
+        {"dtype": base.dtype, "shortened_texts": shortened},
+    )
 
 
-def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
+def train(job: Job | Fitted, run: runs.Run, *, resume: bool) -> dict[str, Any]:
     """Train the recipe's method and leave the best state on dev in the run's adapter folder.
 
     Every process of an `accelerate launch` calls this; the first one writes.
 
     Raises:
-        JobFailed: an adapter layer learned nothing, or the disk is full.
+        JobFailed: a layer learned nothing, or the disk is full.
     """
-    experiment, settings = job.labeller.experiment, job.settings
+    if isinstance(job, Fitted):
+        return _keep_fitted(job, run)
+    experiment, settings = job.experiment, job.settings
     checkpoint = checkpoints.newest(run.checkpoints) if resume else None
-    trainer: training.TrieTrainer
-    progress = Progress(run.log, lambda: trainer.counts())
-    trainer = training.TrieTrainer(
-        job.labeller.model,
+    trainer: training.EmoTrainer
+    progress = Progress(run.log, lambda: trainer.counts(), job.task.idle)
+    trainer = training.EmoTrainer(
+        job.model,
         training.training_arguments(
             run.checkpoints,
             settings,
@@ -187,13 +230,15 @@ def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
         ),
         rows=job.rows,
         steps=job.steps,
-        validate=_Dev(job.labeller, job.dev).measure,
+        validate=job.measure,
         callbacks=[
             progress,
             training.EvaluateAndSave(len(job.steps), settings.evaluations_per_epoch),
             *training.stopping(settings),
             *training.tensorboard(run.folder / "tensorboard"),
         ],
+        task=job.task,
+        optimizer=optimizers.make(settings, job.model.parameters()),
     )
     if resume:
         say(
@@ -213,40 +258,75 @@ def train(job: Job, run: runs.Run, *, resume: bool) -> dict[str, Any]:
         summary = _summary(trainer, job)
         state = processes()
         if state.is_main_process:
-            _keep(job.labeller, run, summary)
+            keep(run, summary, job.keep)
         state.wait_for_everyone()
     return summary
 
 
-def _summary(trainer: training.TrieTrainer, job: Job) -> dict[str, Any]:
-    state, labeller = trainer.state, job.labeller
-    count = methods.count_parameters(labeller.model)
+def _summary(trainer: training.EmoTrainer, job: Job) -> dict[str, Any]:
+    state, count = trainer.state, methods.count_parameters(job.model)
+    epochs = state.global_step / len(job.steps)
     return {
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
-        "dtype": labeller.base.dtype,
-        "device": str(labeller.base.model.device),
+        "device": str(next(job.model.parameters()).device),
         "training_rows": len(job.rows),
-        "shortened_texts": job.shortened,
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "best_dev": {trainer.args.metric_for_best_model: state.best_metric},
+        **job.facts,
         **trainer.counts(),
+        "seconds_per_epoch": trainer.totals["seconds"] / epochs if epochs else None,
+        "peak_memory_bytes": peak_memory(),
     }
 
 
-def _keep(labeller: Labeller, run: runs.Run, summary: Mapping[str, Any]) -> None:
-    """Write the summary, then the adapter, complete or not at all: it is what marks the end."""
+def _keep_fitted(job: Fitted, run: runs.Run) -> dict[str, Any]:
+    summary = {
+        "trainable_parameters": job.parameters,
+        "total_parameters": job.parameters,
+        "device": "cpu",
+        "training_rows": job.rows,
+        "steps": 0,
+        "best_step": 0,
+        "best_dev": {},
+        **job.facts,
+        "tokens_run": 0,
+        "tokens_saved": 0,
+        "examples_per_second": job.rows / job.seconds,
+        "seconds_per_epoch": job.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+    state = processes()
+    with writing(run.folder, "make room and begin anew"):
+        if state.is_main_process:
+            keep(run, summary, job.keep)
+    state.wait_for_everyone()
+    return summary
+
+
+def keep(run: runs.Run, summary: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+    """Write the summary, then what was learned, complete or not at all: it marks the end."""
     partial = run.folder / ".adapter.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        methods.save_adapter(labeller.model, partial)
-        methods.write_fingerprint(partial, labeller.fingerprint())
+        write(partial)
         recorded = {**run.environment, "training": dict(summary)}
         runs.write_json(run.folder / "environment.json", recorded)
         partial.rename(run.adapter)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def measured(rows: Sequence[tuple[str, str, str | None]], protocol: Protocol) -> dict[str, float]:
+    """Return the protocol's metrics of rows of uid, gold label and predicted label."""
+    gold, predicted = [gold for _, gold, _ in rows], [label for _, _, label in rows]
+    return {
+        name: metrics.point(
+            gold, predicted, protocol.labels, name, averaged_over=protocol.averaged_over
+        )
+        for name in protocol.metrics
+    }
 
 
 class _Dev:
@@ -263,11 +343,4 @@ class _Dev:
         rows = gather_object(own) if state.num_processes > 1 else own
         if len({uid for uid, _, _ in rows}) != len(self.examples):
             raise JobFailed("dev rows were lost or doubled between processes")
-        protocol = self.labeller.experiment.protocol
-        gold, predicted = [gold for _, gold, _ in rows], [label for _, _, label in rows]
-        return {
-            name: metrics.point(
-                gold, predicted, protocol.labels, name, averaged_over=protocol.averaged_over
-            )
-            for name in protocol.metrics
-        }
+        return measured(rows, self.labeller.experiment.protocol)

@@ -17,8 +17,10 @@ def test_every_optimizer_goes_downhill_with_the_recipes_numbers(kind):
         optimizer.zero_grad()
         weight.square().sum().backward()
         optimizer.step()
-    assert weight.norm() < torch.ones(3).norm() and torch.equal(frozen, torch.ones(3))
+    assert weight.norm() < torch.ones(3).norm()
+    assert torch.equal(frozen, torch.ones(3))
     assert type(optimizer).__name__.lower() == kind.partition("_")[0]
     [group] = optimizer.param_groups
-    assert group["lr"] == settings.learning_rate and group["weight_decay"] == 0.25
+    assert group["lr"] == settings.learning_rate
+    assert group["weight_decay"] == 0.25
     assert group.get("momentum", 0) == (0.9 if kind == "sgd_momentum" else 0)

@@ -25,11 +25,10 @@ from llm_emo.errors import JobFailed
 from llm_emo.methods import adapt, trainable_state, untrained
 from llm_emo.steps import Steps
 from llm_emo.training import (
+    EmoTrainer,
     EvaluateAndSave,
-    TrieTrainer,
     answer_loss,
     collate,
-    collate_step,
     stopping,
     training_arguments,
 )
@@ -65,7 +64,7 @@ def train(
 ):  # fmt: skip
     """Train as the program does, in this process; return the trainer."""
     steps = Steps(rows, section, seed=seed, dialogues=dialogues)
-    trainer = TrieTrainer(
+    trainer = EmoTrainer(
         model,
         training_arguments(folder, section, seed=seed, metric="f1"),
         rows=rows,
@@ -186,7 +185,7 @@ def test_an_empty_pass_adds_nothing_but_is_part_of_the_graph():
 
 @pytest.mark.parametrize("rows", [[], [Encoded("mute", (3, 4), ())]])
 def test_nothing_to_learn_from_is_an_error(rows, tmp_path):
-    with pytest.raises(JobFailed, match=r"no training rows|mute"):
+    with pytest.raises(JobFailed, match=r"no training rows|no answer tokens"):
         train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(), rows=rows or [])
 
 
@@ -241,7 +240,7 @@ def test_gradients_of_all_passes_are_those_of_the_whole_step(method, tmp_path):
     found = []
     for step in ([ROWS], passes):
         made = tiny.adapted("llama", method)
-        trainer = TrieTrainer(
+        trainer = EmoTrainer(
             made,
             training_arguments(tmp_path, tiny.train(), seed=0, metric="f1"),
             rows=ROWS,
@@ -249,7 +248,7 @@ def test_gradients_of_all_passes_are_those_of_the_whole_step(method, tmp_path):
             validate=rising(),
             callbacks=[],
         )
-        batches = collate_step(step)
+        batches = [collate(rows) for rows in step]
         tokens = trainer._get_num_items_in_batch([batches], torch.device("cpu"))
         assert int(tokens) == sum(len(row.answer) for row in ROWS)
         loss = trainer.training_step(made, batches, tokens)
@@ -584,7 +583,7 @@ SCRIPT = """
 import json, math, os, sys
 from pathlib import Path
 import tiny
-from test_training import TrieTrainer, Steps, EvaluateAndSave, training_arguments, rising
+from test_training import EmoTrainer, Steps, EvaluateAndSave, training_arguments, rising
 from llm_emo.methods import trainable_state
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -602,7 +601,7 @@ for method, by in zip(tiny.METHODS, ("row", "dialogue")):
     groups = None if by == "row" else [[0, 1, 2, 3, 4], [5, 6], [7, 8]]
     steps = Steps(rows, section, seed=3, dialogues=groups, rank=rank, world=world)
     passes.append([len(step) for step in steps])
-    trainer = TrieTrainer(
+    trainer = EmoTrainer(
         tiny.adapted("llama", method),
         training_arguments(out / method, section, seed=3, metric="f1"),
         rows=rows, steps=steps, validate=rising(), callbacks=[EvaluateAndSave(3, 1)],

@@ -37,7 +37,7 @@ class Noise(Section):
 class CnnSettings(Section):
     """The "several conv blocks" of paper 004, whose number and sizes it does not print."""
 
-    channels: Many[Size] = Field((16, 32, 64, 128), min_length=1)
+    channels: Annotated[Many[Size], Field(min_length=1)] = (16, 32, 64, 128)
     """One block each."""
     kernel: Size = 3
     """Frames and mel bands that a convolution sees."""

@@ -18,8 +18,8 @@ from llm_emo.methods import adapt, count_parameters, load_adapter, save_adapter,
 from llm_emo.models import auto
 from llm_emo.steps import Steps
 from llm_emo.training import (
+    EmoTrainer,
     EvaluateAndSave,
-    TrieTrainer,
     answer_loss,
     collate,
     training_arguments,
@@ -301,7 +301,7 @@ def test_the_training_loop_takes_a_quantised_base_and_resumes_on_it(load, kind, 
             rows = score(model, [row.prompt for row in ROWS], answers, tokens_per_pass=1000)
             return {"f1": -sum(values[0] for _, values in rows)}
 
-        trainer = TrieTrainer(
+        trainer = EmoTrainer(
             model,
             training_arguments(folder, section, seed=0, metric="f1"),
             rows=ROWS,

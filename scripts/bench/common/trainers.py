@@ -96,14 +96,14 @@ def trainer_of(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     from llm_emo.errors import RunError
-    from llm_emo.training import TrieTrainer, training_arguments
+    from llm_emo.training import EmoTrainer, training_arguments
     from llm_emo.workflow import Progress
 
     rows = [row for step in steps for row in step]
     own = training_arguments(folder, settings, seed=seed, metric="none")
     if side == OURS:
-        trainer: TrieTrainer
-        trainer = TrieTrainer(
+        trainer: EmoTrainer
+        trainer = EmoTrainer(
             model, own, rows=rows, steps=FixedSteps([len(step) for step in steps]),
             validate=lambda model: {"none": 0.0},  # behind the last step, off the clock
             callbacks=[Progress(folder / "log.jsonl", lambda: trainer.counts())],

@@ -118,7 +118,7 @@ def first_loss_of_trainer(
 ) -> float:
     """Train one step with the loop of `llm-emo train`, in two passes; return the step's loss."""
     from llm_emo.steps import Steps
-    from llm_emo.training import TrieTrainer, training_arguments
+    from llm_emo.training import EmoTrainer, training_arguments
 
     assert recipe.train is not None
     settings = recipe.train.model_copy(
@@ -126,7 +126,7 @@ def first_loss_of_trainer(
     )
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TrieTrainer(
+        trainer = EmoTrainer(
             made,
             training_arguments(Path(folder), settings, seed=seed, metric="none"),
             rows=rows,
