@@ -1,4 +1,6 @@
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
@@ -110,6 +112,55 @@ def test_another_end_has_a_file_of_its_own(folder):
     assert len(files(folder)) == 2
 
 
+@pytest.mark.parametrize("other", ["transformers", "tokenizers", *encoded_rows.CODE])
+def test_other_packages_and_other_code_have_a_file_of_their_own(other, folder, calls, monkeypatch):
+    encoded(encoder(), EXAMPLES)
+    version, hash_of = encoded_rows.metadata.version, encoded_rows.fetch.sha256_of
+    monkeypatch.setattr(
+        encoded_rows.metadata, "version", lambda name: "0" if name == other else version(name)
+    )
+    monkeypatch.setattr(
+        encoded_rows.fetch, "sha256_of", lambda path: "0" if path.name == other else hash_of(path)
+    )
+    encoded(encoder(), EXAMPLES)
+    assert (len(calls), len(files(folder))) == (2, 2)
+
+
+def test_a_template_that_treats_instructions_otherwise_has_a_file_of_its_own(folder):
+    # What frames a prompt without an instruction stays as it was.
+    made = encoder()
+    template = made.tokenizer.chat_template
+    encoded(made, EXAMPLES)
+    made.tokenizer.chat_template = "{% if messages[0].role == 'system' %}Hm. {% endif %}" + template
+    before = encoder().fingerprint()
+    assert made.fingerprint() == before
+    encoded(made, EXAMPLES)
+    assert len(files(folder)) == 2
+
+
+def test_a_tokenizer_that_splits_special_tokens_has_a_file_of_its_own(folder):
+    encoded(encoder(), EXAMPLES)
+    made = encoder()
+    made.tokenizer.split_special_tokens = not made.tokenizer.split_special_tokens
+    encoded(made, EXAMPLES)
+    assert len(files(folder)) == 2
+
+
+def test_two_that_start_at_once_encode_once(calls, monkeypatch):
+    expected, own = encoder().encode(EXAMPLES), Encoder.encode
+    calls.clear()
+
+    def slow(self, rows):
+        time.sleep(0.5)  # the other has begun meanwhile
+        return own(self, rows)
+
+    monkeypatch.setattr(Encoder, "encode", slow)
+    made = [encoder(), encoder()]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(encoded, made, [EXAMPLES, EXAMPLES])) == [expected, expected]
+    assert len(calls) == 1
+
+
 def test_without_a_cache_folder_rows_are_encoded(calls, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "file"))
@@ -199,3 +250,5 @@ def test_the_file_that_was_not_used_for_longest_goes(folder, monkeypatch):
     assert first in files(folder)
     assert second not in files(folder)
     assert len(files(folder)) == 2
+    locks = {path.name for path in folder.glob("*.lock")}
+    assert f"{second.name}.lock" not in locks
