@@ -238,6 +238,34 @@ def train(
         _print({"run": str(folder), **summary}, json_, "show_training")
 
 
+@app.command(
+    epilog="Example: `llm-emo grid mastodon --data-root ~/corpora`; its file, to be copied and "
+    "changed: recipes/grids/mastodon.yaml"
+)
+def grid(
+    table: Annotated[
+        list[str],
+        typer.Argument(metavar="GRID...", help="Grid files, or shipped ones: mastodon friends."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the runs, one below it for each grid.")
+    ] = Path("runs/grids"),
+    data_root: DataRoot = None,
+    json_: Json = False,
+) -> None:
+    """Train and measure a table of recipes on the same rows, and print it.
+
+    What is finished is not run again: interrupted, it continues where it stopped.
+    """
+    _quiet()
+    from llm_emo import grid as grids
+    from llm_emo.experiment import data_root as resolve
+
+    loaded = [grids.load(name) for name in table]
+    made = [grids.run(found, output / name, resolve(data_root)) for name, found in loaded]
+    _print({"grids": made}, json_, "show_grids")
+
+
 @app.command(epilog="Example: `llm-emo predict runs/mastodon --split test --mode generate -o out`")
 def predict(
     source: RunOrRecipe,

@@ -34,6 +34,9 @@ from llm_emo.validation import Key, Problem, conflict, found_text, problems
 BUNDLED_MODEL = "smollm2-135m"
 """The model name that stands for the SmolLM2-135M-Instruct from the Python package index."""
 
+GRIDS = "grids"
+"""The folder beside the recipes that holds tables of them (`llm_emo.grid`)."""
+
 _MOVING_REVISIONS = ("main", "master", "HEAD")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -414,8 +417,9 @@ def _recipe_of(document: dict[Any, Any]) -> type[AnyRecipe]:
 def names() -> tuple[str, ...]:
     """Return the shipped recipes, such as `mastodon/lora`, sorted."""
     root = resources.folder("recipes")
+    found = (path.relative_to(root) for path in root.rglob("*.yaml"))
     return tuple(
-        sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+        sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] != GRIDS)
     )
 
 
@@ -451,8 +455,8 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
         RecipeError: names the file and every problem in it, or the override at fault.
     """
     path = source(path_or_name)
-    shown = _shown(path)
-    document = _read(path, shown)
+    shown = shown_as(path)
+    document = read_mapping(path, shown, ", ".join(Recipe.model_fields))
     origins: dict[Key, str] = {}
     for override in overrides:
         _override(document, override, origins, shown)
@@ -492,7 +496,7 @@ def _yaml() -> YAML:
     return YAML(typ="safe", pure=True)
 
 
-def _shown(path: Path) -> str:
+def shown_as(path: Path) -> str:
     """Return the path as an error names it: relative where it lies under the current folder."""
     try:
         return path.resolve().relative_to(Path.cwd()).as_posix()
@@ -500,7 +504,17 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _read(path: Path, shown: str) -> dict[Any, Any]:
+def read_mapping(path: Path, shown: str, keys: str) -> dict[Any, Any]:
+    """Read a YAML 1.2 file that holds a mapping.
+
+    Args:
+        path: The file.
+        shown: What messages call it.
+        keys: The keys that are expected, for messages.
+
+    Raises:
+        RecipeError: it cannot be read, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -514,10 +528,7 @@ def _read(path: Path, shown: str) -> dict[Any, Any]:
         raise RecipeError(f"{shown}: remove the %YAML line; recipes are YAML 1.2")
     document = _parse(text, shown)
     if not isinstance(document, dict):
-        raise RecipeError(
-            f"{shown}: expected a mapping of {', '.join(Recipe.model_fields)}; "
-            f"found {found_text(document)}"
-        )
+        raise RecipeError(f"{shown}: expected a mapping of {keys}; found {found_text(document)}")
     return document
 
 

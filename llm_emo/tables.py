@@ -109,6 +109,43 @@ def show_training(result: dict[str, Any]) -> None:
     )
 
 
+def show_grids(result: dict[str, Any]) -> None:
+    """Print the tables of grids."""
+    console = _console()
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=160)  # a file has no edge
+    for grid in result["grids"]:
+        rows = grid["cells"][0]["n"]
+        console.print(f"{escape(grid['title'])}", style="bold")
+        console.print(
+            f"{grid['protocol']}, {grid['split']} split, {rows} rows, "
+            f"seeds {', '.join(map(str, grid['seeds']))}"
+            + ("" if grid["folds"] is None else f", {len(grid['folds'])} folds together")
+            + f"; 95 % intervals {grid['interval']}"
+        )
+        table = Table("", *grid["metrics"], "parameters", "s/epoch", "rows/s")
+        for cell in grid["cells"]:
+            even = len(grid["seeds"]) > 1
+            values = [_with_interval(cell["metrics"][name], even) for name in grid["metrics"]]
+            seconds, rate = cell["seconds_per_epoch"], cell["examples_per_second"]
+            table.add_row(
+                escape(cell["cell"]),
+                *values,
+                f"{cell['trainable_parameters']:,}",
+                "" if seconds is None else f"{seconds:.1f}",
+                "" if rate is None else f"{rate:.0f}",
+            )
+        console.print(table)
+
+
+def _with_interval(found: dict[str, Any], even: bool) -> str:
+    if found["low"] is None:
+        return f"{found['mean']:.4f}"
+    if even:
+        return f"{found['mean']:.4f} ± {found['high'] - found['mean']:.4f}"
+    return f"{found['mean']:.4f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
 def show_quickstart(result: dict[str, Any]) -> None:
     """Print the quickstart's table."""
     console = _console()

@@ -1,0 +1,297 @@
+"""Grids: tables of recipes, each trained and measured under one protocol on the same rows.
+
+A grid file names the cells of a table, each a recipe and what of it is changed, and the seeds and
+folds that every cell is run with. What is finished already is not run again, so an interrupted
+grid goes on where it stopped.
+
+A cell may build on another one's run: in `method.encoder_run=@plain encoder` stands the run of the
+cell "plain encoder" with the same seed and fold.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from llm_emo import predictions, protocols, recipes, resources, runs
+from llm_emo.errors import RecipeError, RunError, nearest
+from llm_emo.experiment import AnyExperiment
+from llm_emo.sections import Many, Section
+from llm_emo.types import Prediction, Split
+from llm_emo.validation import problems
+
+CLASS = "f1:"
+"""In front of a class's name, the metric is the F1 of that class."""
+
+PARTS = ("accuracy", "macro_f1", "weighted_f1", "unweighted_accuracy", "f1", "parse_rate")
+
+
+class Cell(Section):
+    """One row of the table."""
+
+    recipe: str = Field(min_length=1)
+    """A recipe file, or a shipped one: mastodon/lora."""
+    set: Many[str] = ()
+    """Overrides, KEY=VALUE; a value @CELL stands for the run of another cell."""
+
+
+class Grid(Section):
+    """A table of recipes."""
+
+    title: str = Field(min_length=1)
+    """What the table shows."""
+    split: Split
+    """The split that is measured."""
+    metrics: Many[str] = Field(min_length=1)
+    """Columns: names of metrics, or f1:CLASS."""
+    seeds: Many[int] = Field(min_length=1)
+    """Every cell is run with each; the interval is over them."""
+    folds: Many[int] | None = None
+    """Every cell is run with each, and their predictions are put together."""
+    cells: Annotated[dict[str, Cell], Field(min_length=1)]
+    """The rows, by name."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for name in self.metrics:
+            if not name.startswith(CLASS) and name not in PARTS:
+                raise ValueError(f"metrics: no metric {name!r}; {nearest(name, PARTS)}")
+        before: list[str] = []
+        for name, cell in self.cells.items():
+            for below in filter(None, map(_below, cell.set)):
+                if below not in before:
+                    raise ValueError(
+                        f"cells.{name}: builds on {below!r}, which is no cell above it; "
+                        f"{nearest(below, before)}"
+                    )
+            before.append(name)
+        return self
+
+
+def names() -> tuple[str, ...]:
+    """Return the shipped grids, sorted."""
+    folder = resources.folder("recipes") / recipes.GRIDS
+    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def load(path_or_name: str) -> tuple[str, Grid]:
+    """Read a grid file, or a shipped grid by its name; return its name with it.
+
+    Raises:
+        RecipeError: there is none, or it is malformed.
+    """
+    path = Path(path_or_name).expanduser()
+    if not path.is_file():
+        name = path_or_name.removeprefix("recipes/").removeprefix("grids/").removesuffix(".yaml")
+        if name not in names():
+            raise RecipeError(
+                f"{path_or_name}: no such file or shipped grid; {nearest(name, names())}"
+            )
+        path = resources.folder("recipes") / recipes.GRIDS / f"{name}.yaml"
+    shown = recipes.shown_as(path)
+    document = recipes.read_mapping(path, shown, ", ".join(Grid.model_fields))
+    try:
+        return path.stem, Grid.model_validate(document)
+    except ValidationError as error:
+        found = "\n  ".join(problem.text for problem in problems(error, Grid))
+        raise RecipeError(f"{shown}: {found}") from None
+
+
+@dataclass(frozen=True)
+class Place:
+    """One training run of a grid."""
+
+    cell: str
+    seed: int
+    fold: int | None
+    folder: Path
+    recipe: str
+    overrides: tuple[str, ...]
+
+
+def places(grid: Grid, folder: Path) -> list[Place]:
+    """Return the runs of a grid, cells in their order, seeds and folds within."""
+    made = []
+    for name, cell in grid.cells.items():
+        for seed in grid.seeds:
+            for fold in grid.folds or (None,):
+                below = {other: _folder(folder, other, seed, fold) for other in grid.cells}
+                changes = [_filled(text, below) for text in cell.set]
+                changes.append(f"seed={seed}")
+                if fold is not None:
+                    changes.append(f"data.fold={fold}")
+                made.append(Place(name, seed, fold, below[name], cell.recipe, tuple(changes)))
+    return made
+
+
+def _below(override: str) -> str | None:
+    value = override.partition("=")[2].strip()
+    return value[1:] if value.startswith("@") else None
+
+
+def _filled(override: str, runs_of: Mapping[str, Path]) -> str:
+    below = _below(override)
+    return override if below is None else f"{override.partition('=')[0]}={runs_of[below]}"
+
+
+def _folder(folder: Path, cell: str, seed: int, fold: int | None) -> Path:
+    slug = re.sub(r"[^\w]+", "-", cell.lower()).strip("-")
+    return folder / slug / (f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}")
+
+
+def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
+    """Train and measure whatever is not there yet; return the table.
+
+    Raises:
+        RunError: a run in the folder was begun under another recipe.
+        ProtocolError: cells of different protocols.
+        EmoError: whatever training and measuring raise.
+    """
+    todo = places(grid, folder)
+    # All recipes first: a misspelled last cell must not show after hours.
+    loaded = [recipes.load(place.recipe, place.overrides) for place in todo]
+    for recipe in loaded[1:]:
+        protocols.require_comparable(loaded[0].data.protocol, recipe.data.protocol)
+    _require_classes(grid, loaded[0])
+    measured = []
+    for number, place in enumerate(todo, start=1):
+        measured.append(_measured(grid, place, root, f"[{number}/{len(todo)}]"))
+    cells = []
+    for name, cell in grid.cells.items():
+        own = [done for place, done in zip(todo, measured, strict=True) if place.cell == name]
+        cells.append({"cell": name, "recipe": cell.recipe, **_summary(grid, own)})
+    rows = {cell["n"] for cell in cells}
+    if len(rows) > 1:
+        raise RunError(
+            f"{folder}: cells were measured on different numbers of rows: {sorted(rows)}; "
+            "remove the folder and run the grid again"
+        )
+    return {
+        "title": grid.title,
+        "protocol": loaded[0].data.protocol,
+        "split": grid.split,
+        "seeds": list(grid.seeds),
+        "folds": None if grid.folds is None else list(grid.folds),
+        "metrics": list(grid.metrics),
+        "interval": "over seeds" if len(grid.seeds) > 1 else "over dialogues (bootstrap)",
+        "cells": cells,
+        "folder": str(folder),
+    }
+
+
+def _require_classes(grid: Grid, recipe: recipes.AnyRecipe) -> None:
+    known = protocols.get(recipe.data.protocol).labels
+    for name in grid.metrics:
+        if name.startswith(CLASS) and name.removeprefix(CLASS) not in known:
+            raise RecipeError(f"metrics: {name}: {nearest(name.removeprefix(CLASS), known)}")
+
+
+@dataclass(frozen=True)
+class _Done:
+    place: Place
+    header: predictions.Header
+    rows: Sequence[Prediction]
+    clusters: Mapping[str, str]
+    training: Mapping[str, Any]
+
+
+def _measured(grid: Grid, place: Place, root: Path | None, count: str) -> _Done:
+    from llm_emo import labelling, opening  # torch comes with them
+    from llm_emo.machine import say
+
+    say(f"{count} {place.cell}, {place.folder.name}")
+    recipe = recipes.load(place.recipe, place.overrides)
+    trained, experiment = None, None
+    if recipe.method.kind != "zero_shot":
+        trained, experiment = _trained(place, root)
+    experiment = experiment or opening.from_recipe(place.recipe, list(place.overrides), root)[0]
+    path = runs.predictions_path(place.folder, grid.split)
+    if not path.exists():
+        labelling.predict(experiment, trained, grid.split, place.folder)
+    header, rows = predictions.read(path)
+    record = {} if trained is None else trained.environment["training"]
+    return _Done(place, header, rows, experiment.clusters, record)
+
+
+def _trained(place: Place, root: Path | None) -> tuple[runs.Run, AnyExperiment | None]:
+    from llm_emo import opening, workflow
+
+    source, run = recipes.source(place.recipe), runs.Run(place.folder)
+    if runs.is_run(place.folder):
+        same = (place.folder / "recipe.yaml").read_bytes() == source.read_bytes()
+        if not same or run.overrides != list(place.overrides):
+            raise RunError(
+                f"{place.folder}: was begun with another recipe than {place.recipe} is today; "
+                "remove it, or choose another folder with -o"
+            )
+        experiment = opening.from_run(run, [], root)
+        if not run.finished:
+            workflow.train(workflow.prepare(experiment), run, resume=True)
+        return run, experiment
+    experiment, _ = opening.from_recipe(place.recipe, list(place.overrides), root)
+    job = workflow.prepare(experiment)
+    run = runs.create(place.folder, source, list(place.overrides), experiment)
+    workflow.train(job, run, resume=False)
+    return run, experiment
+
+
+def _summary(grid: Grid, own: Sequence[_Done]) -> dict[str, Any]:
+    """Put the folds of a seed together, then the seeds."""
+    reports = []
+    for seed in grid.seeds:
+        parts = [done for done in own if done.place.seed == seed]
+        rows = [row for done in parts for row in done.rows]
+        clusters: dict[str, str | None] = {}
+        for done in parts:
+            clusters |= done.clusters
+        reports.append(predictions.report(parts[0].header, rows, clusters))
+    found = {}
+    for name in grid.metrics:
+        values = [_value(report, name) for report in reports]
+        found[name] = {"mean": statistics.fmean(values), "values": values} | _interval(
+            values, reports[0]["ci"].get(name)
+        )
+    seconds = [float(v) for v in _recorded(own, "seconds_per_epoch")]
+    rates = [float(v) for v in _recorded(own, "examples_per_second")]
+    memory = [int(v) for v in _recorded(own, "peak_memory_bytes")]
+    parameters = [int(v) for v in _recorded(own, "trainable_parameters")]
+    return {
+        "method": own[0].header.model,
+        "n": reports[0]["n"],
+        "metrics": found,
+        "trainable_parameters": max(parameters, default=0),
+        "seconds_per_epoch": statistics.fmean(seconds) if seconds else None,
+        "examples_per_second": statistics.fmean(rates) if rates else None,
+        "peak_memory_bytes": max(memory, default=None),
+    }
+
+
+def _recorded(own: Sequence[_Done], key: str) -> Iterator[Any]:
+    return (value for done in own if (value := done.training.get(key)) is not None)
+
+
+def _value(report: Mapping[str, Any], name: str) -> float:
+    if name.startswith(CLASS):
+        return float(report["per_class"][name.removeprefix(CLASS)]["f1"])
+    return float(report[name])
+
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 % for 1 to 9 degrees of freedom."""
+
+
+def _interval(values: Sequence[float], bootstrap: Sequence[float] | None) -> dict[str, Any]:
+    """Return the 95 % interval: Student's over seeds, or the bootstrap's of a single one."""
+    if len(values) == 1:
+        low, high = bootstrap if bootstrap is not None else (None, None)
+        return {"low": low, "high": high}
+    freedom = len(values) - 1
+    t = _T[freedom - 1] if freedom <= len(_T) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return {"low": mean - half, "high": mean + half}
