@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from llm_emo.baselines.classifier import Classifier, Encoding, Item
 from llm_emo.baselines.kinds import Encoder
 from llm_emo.baselines.storage import load_weights, save_weights
 from llm_emo.errors import ModelError
+from llm_emo.experiment import BaselineExperiment
 from llm_emo.machine import writing
 from llm_emo.types import Row, Split
-
-if TYPE_CHECKING:
-    from llm_emo.experiment import BaselineExperiment
 
 WEIGHTS = "classifier.safetensors"
 
@@ -118,7 +116,7 @@ class EncoderClassifier(Classifier):
         return ids
 
 
-def create(method: Encoder, experiment: "BaselineExperiment") -> EncoderClassifier:
+def create(method: Encoder, experiment: BaselineExperiment) -> EncoderClassifier:
     """Return a classifier over a pre-trained encoder; its head is random.
 
     Raises:
@@ -133,7 +131,7 @@ def create(method: Encoder, experiment: "BaselineExperiment") -> EncoderClassifi
     return EncoderClassifier(names, method, made, tokenizer)
 
 
-def load(method: Encoder, experiment: "BaselineExperiment", folder: Path) -> EncoderClassifier:
+def load(method: Encoder, experiment: BaselineExperiment, folder: Path) -> EncoderClassifier:
     """Return what `EncoderClassifier.save` wrote into `folder`.
 
     Raises:

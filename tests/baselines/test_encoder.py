@@ -139,6 +139,28 @@ def test_features_depend_on_the_text_alone(kind, pooling, tmp_path):
 
 
 @each_pooling
+def test_running_texts_of_like_length_together_changes_no_score(pooling, tmp_path, monkeypatch):
+    model, tokens = made(save(tmp_path), pooling)
+    rows = encoder.tokenize(tokens, ["glad", *["so " * n for n in (9, 1, 5)], *TEXTS], 12)
+    ids, mask = encoder.pad(rows, 0)
+    seen = []
+    run = model.encoder.forward
+
+    def counted(input_ids, **arguments):
+        seen.append(input_ids)
+        return run(input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(model.encoder, "forward", counted)
+    apart = model.eval()(ids, mask)
+    assert sum(part.numel() for part in seen) < ids.numel()
+    assert sum(len(part) for part in seen) == len(rows)
+    monkeypatch.setattr(encoder, "ROWS", 100)
+    together = model(ids, mask)
+    assert seen[-1].shape == ids.shape
+    torch.testing.assert_close(apart, together, atol=1e-6, rtol=1e-5)
+
+
+@each_pooling
 def test_features_are_taken_without_dropout(pooling, tmp_path):
     model, tokens = made(save(tmp_path, hidden_dropout_prob=0.5), pooling)
     one, two = (extracted(model.train(), tokens, TEXTS)[0] for _ in range(2))
