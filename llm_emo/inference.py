@@ -61,6 +61,43 @@ def passes(prompts: Sequence[Ids], extra: int, budget: int) -> Iterator[list[int
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Some rows of a stream: the index of the first, their prompts, and their passes.
+
+    `beginning` holds the first tokens of all prompts where they are run ahead of the passes; as
+    long as it stays the same from one cut to the next, it is run once.
+    """
+
+    first: int
+    prompts: list[Ids]
+    passes: list[list[int]]
+    beginning: Ids
+
+
+def cuts(prompts: Iterable[Ids], extra: int, budget: int) -> Iterator[Cut]:
+    """Cut a stream of prompts into windows, and each into passes.
+
+    Args:
+        prompts: Token ids of the rows.
+        extra: Nodes that each row adds behind its prompt.
+        budget: Distinct tokens of one pass, its beginning's included.
+    """
+    rest, first = iter(prompts), 0
+    ids: Ids = ()
+    while window := list(itertools.islice(rest, WINDOW)):
+        groups = list(passes(window, extra, budget))
+        least, greatest = min(window), max(window)
+        # What these two share, all share. One token must be left, to read the next one from.
+        shared = min(shared_length(least, greatest), len(least) - 1)
+        if shared < len(ids) or least[: len(ids)] != ids:
+            ids = ()
+        if not ids and len(groups) > 1:
+            ids = least[:shared]
+        yield Cut(first, window, groups, ids)
+        first += len(window)
+
+
+@dataclass(frozen=True)
 class _Window:
     """Some rows of a stream: their prompts, the index of the first, and their passes.
 
@@ -82,21 +119,13 @@ def _windows(
     model: nn.Module, prompts: Iterable[Ids], extra: int, budget: int
 ) -> Iterator[_Window]:
     """Cut a stream of prompts into windows; run their beginning where it is not the last one's."""
-    rest, first = iter(prompts), 0
     ids: Ids = ()
     beginning: Beginning | None = None
-    while window := list(itertools.islice(rest, WINDOW)):
-        groups = list(passes(window, extra, budget))
-        least, greatest = min(window), max(window)
-        # What these two share, all share. One token must be left, to read the next one from.
-        shared = min(shared_length(least, greatest), len(least) - 1)
-        if shared < len(ids) or least[: len(ids)] != ids:
-            ids, beginning = (), None
-        if beginning is None and shared and len(groups) > 1:
-            ids = least[:shared]
-            beginning = begin(model, ids)
-        yield _Window(first, window, groups, beginning)
-        first += len(window)
+    for cut in cuts(prompts, extra, budget):
+        if cut.beginning != ids:
+            ids = cut.beginning
+            beginning = begin(model, ids) if ids else None
+        yield _Window(cut.first, cut.prompts, cut.passes, beginning)
 
 
 @torch.inference_mode()

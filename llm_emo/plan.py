@@ -62,6 +62,7 @@ def plan(
     if best is not None and planner.fits(own):
         gained = planner.relative(best) < FASTER * planner.relative(own)
         best = best if gained else own
+    by_tokens = None if best is None else planner.by_tokens(best)
     recipe = experiment.recipe
     result: dict[str, Any] = {
         "model": recipe.model.name,
@@ -82,6 +83,7 @@ def plan(
         "disk": _disk(planner),
         "choices": [_row(planner, choice, best) for choice in choices],
         "suggestion": None if best is None else _row(planner, best, best),
+        "by_tokens": None if by_tokens is None else _row(planner, by_tokens, best),
     }
     if measure:
         result["measured"] = measured(experiment)
@@ -92,7 +94,7 @@ def _training(planner: Planner) -> dict[str, Any] | None:
     train, work = planner.recipe.train, planner.work
     if train is None:
         return None
-    drawn = planner.batches(train.micro_batch_size)
+    drawn = planner.batches(train.micro_batch_size, train.tokens_per_pass)
     run = int(drawn.nodes.sum())
     return {
         "rows": len(work.train),
@@ -118,7 +120,7 @@ def _evaluation(planner: Planner) -> dict[str, Any]:
         "rows": len(planner.work.prompts),
         "times": planner.evaluations,
         "passes": len(found.groups),
-        "tokens_run": int(found.nodes.sum()),
+        "tokens_run": found.run,
         "operations": planner.evaluation_operations,
     }
 
@@ -167,6 +169,7 @@ def _row(planner: Planner, choice: Choice, best: Choice | None) -> dict[str, Any
         "quantization": choice.quantization,
         "gradient_checkpointing": choice.checkpointing,
         "micro_batch_size": choice.micro_batch_size,
+        "train_tokens_per_pass": choice.budget,
         "tokens_per_pass": choice.tokens_per_pass,
         "needed": round(choice.needed),
         "fits": planner.fits(choice),
@@ -230,7 +233,7 @@ def _seconds(planner: Planner, choice: Choice) -> dict[str, float]:
     """Estimate a run's time from the rate of this machine's matrix products at its shapes."""
     drawing = planner.drawing("none")
     if planner.recipe.train is not None:
-        nodes = planner.batches(choice.micro_batch_size).nodes
+        nodes = planner.batches(choice.micro_batch_size, choice.budget).nodes
     else:
         nodes = planner.passes(choice.tokens_per_pass).nodes
     rate = product_rate(drawing, int(nodes.mean()), planner.dtype, auto.device())

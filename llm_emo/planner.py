@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -107,6 +108,8 @@ class Choice:
     quantization: str
     checkpointing: bool
     micro_batch_size: int
+    budget: int | None
+    """`train.tokens_per_pass`."""
     tokens_per_pass: int
     training: Footprint | None
     evaluation: Footprint
@@ -152,11 +155,11 @@ class Planner:
         self.recipe = experiment.recipe
         self.work = Workload.of(experiment)
         self._drawings: dict[str, meta.Drawing] = {}
-        self._batches: dict[int, Batches] = {}
+        self._batches: dict[tuple[int, int | None], Batches] = {}
         self._evaluations: dict[tuple[str, int], Footprint] = {}
         self._flops: dict[bool, tuple[Footprint, int, int]] = {}
         self._passes: dict[int, Passes] = {}
-        self._trained: dict[tuple[str, bool, int], Footprint] = {}
+        self._trained: dict[tuple[str, bool, int, int | None], Footprint] = {}
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -176,11 +179,11 @@ class Planner:
             )
         return self._drawings[quantization]
 
-    def batches(self, micro: int) -> Batches:
-        """Return the run's passes of so many rows at most."""
-        if micro not in self._batches:
-            self._batches[micro] = self.work.batches(micro)
-        return self._batches[micro]
+    def batches(self, micro: int, budget: int | None) -> Batches:
+        """Return the run's passes of so many rows and, where there is a budget, tokens at most."""
+        if (micro, budget) not in self._batches:
+            self._batches[micro, budget] = self.work.batches(micro, budget)
+        return self._batches[micro, budget]
 
     def passes(self, tokens_per_pass: int) -> Passes:
         """Return the passes of one evaluation."""
@@ -191,7 +194,12 @@ class Planner:
     # --- footprints ---------------------------------------------------------------------------
 
     def training(
-        self, quantization: str, checkpointing: bool, micro: int, tokens_per_pass: int
+        self,
+        quantization: str,
+        checkpointing: bool,
+        micro: int,
+        budget: int | None,
+        tokens_per_pass: int,
     ) -> Footprint:
         """Return the footprint of the largest micro-batch, or one that is known to be larger.
 
@@ -200,19 +208,22 @@ class Planner:
         """
         evaluation = self.evaluation(quantization, tokens_per_pass)
         for larger in self.micro_batch_sizes:
-            known = self._trained.get((quantization, checkpointing, larger))
+            known = self._trained.get((quantization, checkpointing, larger, budget))
             if larger >= micro and known and (larger == micro or known.peak <= evaluation.peak):
                 return known
-        drawn = self.batches(micro)
+        drawn = self.batches(micro, budget)
         footprint = memory.training_step(
             self.drawing(quantization), collate(drawn.largest()), self.place.kind,
             checkpointing=checkpointing, accumulating=drawn.accumulating,
         )  # fmt: skip
-        self._trained[quantization, checkpointing, micro] = footprint
+        self._trained[quantization, checkpointing, micro, budget] = footprint
         return footprint
 
     def evaluation(self, quantization: str, tokens_per_pass: int) -> Footprint:
-        """Return the larger of the footprints of the passes with most nodes and most logits."""
+        """Return the larger of the footprints of the passes with most tokens and most logits.
+
+        Each is drawn with its beginning, of which only keys and values are there: at most.
+        """
         key = (quantization, tokens_per_pass)
         if key not in self._evaluations:
             drawing = self.drawing(quantization)
@@ -236,37 +247,45 @@ class Planner:
 
     # --- operations -----------------------------------------------------------------------------
 
-    def training_operations(self, checkpointing: bool, micro: int) -> float:
+    def training_operations(self, checkpointing: bool, micro: int, budget: int | None) -> float:
         """Return the floating-point operations of all training steps."""
         if checkpointing not in self._flops:
-            batch = collate(self.batches(micro).largest())
+            batch = collate(self.batches(micro, budget).largest())
             footprint = memory.training_step(
                 self.drawing("none"), batch, self.place.kind,
                 checkpointing=checkpointing, accumulating=False,
             )  # fmt: skip
             self._flops[checkpointing] = (footprint, len(batch["trie"]), len(batch["nodes"]))
         footprint, nodes, logits = self._flops[checkpointing]
-        drawn = self.batches(micro)
-        return self._scaled(footprint, nodes, logits, drawn.nodes, drawn.logits)
+        drawn = self.batches(micro, budget)
+        return self._scaled(footprint, nodes, logits, drawn.nodes, 0, drawn.logits)
 
     @cached_property
     def evaluation_operations(self) -> float:
         """Return the floating-point operations of one evaluation; at most, where it generates."""
         found = self.passes(self.recipe.inference.tokens_per_pass)
-        place = int(found.nodes.argmax())
+        place = found.highest
         prompts = [found.prompts[row] for row in found.groups[place]]
         footprint = self._evaluate(self.drawing("none"), prompts)
         return self._scaled(
-            footprint, int(found.nodes[place]), int(found.logits[place]), found.nodes, found.logits
-        )
+            footprint, int(found.nodes[place] + found.behind[place]), int(found.logits[place]),
+            np.concatenate([found.nodes, found.ahead]),
+            np.concatenate([found.behind, np.zeros_like(found.ahead)]), found.logits,
+        )  # fmt: skip
 
     def _scaled(
-        self, footprint: Footprint, nodes: int, logits: int, all_nodes: Any, all_logits: Any
+        self,
+        footprint: Footprint,
+        nodes: int,
+        logits: int,
+        all_nodes: Any,
+        behind: Any,
+        all_logits: Any,
     ) -> float:
-        """Carry the operations of one pass over to all of them."""
+        """Carry the operations of one pass over to all, which stand `behind` so many tokens."""
         method, flops = self.recipe.method, footprint.flops
         prefix = method.prefix_length if isinstance(method, recipes.PTuningV2) else 0
-        pairs = (all_nodes * (all_nodes + prefix)).sum() / (nodes * (nodes + prefix))
+        pairs = (all_nodes * (all_nodes + behind + prefix)).sum() / (nodes * (nodes + prefix))
         return float(
             flops.tokens * all_nodes.sum() / nodes
             + flops.attention * pairs
@@ -285,26 +304,33 @@ class Planner:
     # --- choices ----------------------------------------------------------------------------------
 
     def choice(
-        self, quantization: str, checkpointing: bool, micro: int, tokens_per_pass: int
+        self,
+        quantization: str,
+        checkpointing: bool,
+        micro: int,
+        budget: int | None,
+        tokens_per_pass: int,
     ) -> Choice:
         """Return what one way to run the recipe needs."""
         drawing = self.drawing(quantization)
         training, operations, streams = None, 0.0, 0.0
         evaluation = self.evaluation(quantization, tokens_per_pass)
         if self.recipe.train is not None:
-            training = self.training(quantization, checkpointing, micro, tokens_per_pass)
-            operations = self.training_operations(checkpointing, micro)
+            training = self.training(quantization, checkpointing, micro, budget, tokens_per_pass)
+            operations = self.training_operations(checkpointing, micro, budget)
             # Forward, backward, and forward once more where layers are recomputed.
-            streams = len(self.batches(micro).rows) * (3.0 if checkpointing else 2.0)
-        passes = len(self.passes(tokens_per_pass).groups)
+            streams = len(self.batches(micro, budget).rows) * (3.0 if checkpointing else 2.0)
+        found = self.passes(tokens_per_pass)
         steps = self.recipe.inference.max_new_tokens
         generates = self.recipe.inference.mode == "generate"
-        streams += self.evaluations * passes * (steps if generates else 1)
+        passes = len(found.groups) * (steps if generates else 1) + len(found.ahead)
+        streams += self.evaluations * passes
         peaks = max(0.0 if training is None else training.peak, evaluation.peak)
         return Choice(
             quantization=quantization,
             checkpointing=checkpointing,
             micro_batch_size=micro,
+            budget=budget,
             tokens_per_pass=tokens_per_pass,
             training=training,
             evaluation=evaluation,
@@ -342,8 +368,36 @@ class Planner:
             self.recipe.model.quantization,
             train is not None and train.gradient_checkpointing,
             1 if train is None else train.micro_batch_size,
+            self.budget,
             self.recipe.inference.tokens_per_pass,
         )
+
+    @property
+    def budget(self) -> int | None:
+        """The recipe's own `train.tokens_per_pass`."""
+        return None if self.recipe.train is None else self.recipe.train.tokens_per_pass
+
+    def by_tokens(self, choice: Choice) -> Choice | None:
+        """Return a choice with its passes bounded by tokens alone instead of by rows.
+
+        The budget is the largest power of two that fits, no larger than a whole step needs; rows
+        of unequal lengths fill such passes evenly. None where nothing is trained, or where no
+        budget that is worth a pass fits.
+        """
+        train = self.recipe.train
+        if train is None:
+            return None
+        rows = train.batch_size
+        most = int(self.batches(rows, None).nodes.max())
+        budget = 1 << (most - 1).bit_length()
+        while budget >= min(LEAST_TOKENS_PER_PASS, most):
+            found = self.choice(
+                choice.quantization, choice.checkpointing, rows, budget, choice.tokens_per_pass
+            )
+            if self.fits(found):
+                return found
+            budget //= 2
+        return None
 
     def fits(self, choice: Choice) -> bool:
         """Whether the place has the memory."""
@@ -356,7 +410,7 @@ class Planner:
         bar = tqdm(list(self._ways()), desc="plan", unit="choice", leave=False)
         for quantization, checkpointing, micro in bar:
             tokens = self.recipe.inference.tokens_per_pass
-            choice = self.choice(quantization, checkpointing, micro, tokens)
+            choice = self.choice(quantization, checkpointing, micro, self.budget, tokens)
             while (
                 not self.fits(choice)
                 and choice.evaluation_is_highest
@@ -364,7 +418,7 @@ class Planner:
                 and tokens // 2 >= LEAST_TOKENS_PER_PASS
             ):
                 tokens //= 2
-                choice = self.choice(quantization, checkpointing, micro, tokens)
+                choice = self.choice(quantization, checkpointing, micro, self.budget, tokens)
             made.append(choice)
         return made
 
@@ -396,6 +450,8 @@ class Planner:
             options.append(f"model.quantization={choice.quantization}")
         if train is not None and choice.micro_batch_size != train.micro_batch_size:
             options.append(f"train.micro_batch_size={choice.micro_batch_size}")
+        if train is not None and choice.budget != train.tokens_per_pass:
+            options.append(f"train.tokens_per_pass={choice.budget}")
         if train is not None and choice.checkpointing != train.gradient_checkpointing:
             options.append(f"train.gradient_checkpointing={str(choice.checkpointing).lower()}")
         if choice.tokens_per_pass != recipe.inference.tokens_per_pass:

@@ -275,3 +275,10 @@ def _show_choices(console: Console, result: dict[str, Any]) -> None:
         table.add_row(_KEPT[kept], *second, *(cells[size] for size in sizes))
     console.print(table)
     console.print("2.0x: takes twice as long as the choice marked <=, by a model of its work")
+    by_tokens = result["by_tokens"]
+    if by_tokens is not None and by_tokens["set"]:
+        options = " ".join(f"--set {option}" for option in by_tokens["set"])
+        console.print(
+            f"with passes bounded by tokens instead of rows: {_size(by_tokens['needed'])}, "
+            f"{by_tokens['relative_time']:.2f}x: {escape(options)}"
+        )

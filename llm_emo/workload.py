@@ -16,7 +16,7 @@ from llm_emo import recipes
 from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded, Encoder
 from llm_emo.experiment import Experiment
-from llm_emo.inference import Ids, passes
+from llm_emo.inference import Ids, cuts
 from llm_emo.models import auto
 from llm_emo.models.meta import config_of
 from llm_emo.node_counts import NodeCounts
@@ -106,13 +106,14 @@ class Workload:
         assert train is not None
         return train.epochs * math.ceil(len(self.train) / train.batch_size)
 
-    def batches(self, micro_batch_size: int) -> "Batches":
-        """Draw all passes of the run, as one process would with so many rows in a pass at most."""
+    def batches(self, micro_batch_size: int, tokens_per_pass: int | None) -> "Batches":
+        """Draw all passes of the run, as one process would with so many rows and tokens at most."""
         recipe = self.experiment.recipe
         assert recipe.train is not None
+        size = {"micro_batch_size": micro_batch_size, "tokens_per_pass": tokens_per_pass}
         drawn = Steps(
-            self.train, recipe.train.model_copy(update={"micro_batch_size": micro_batch_size}),
-            seed=recipe.seed, dialogues=self._dialogues,
+            self.train, recipe.train.model_copy(update=size), seed=recipe.seed,
+            dialogues=self._dialogues,
         )  # fmt: skip
         rows: list[list[int]] = []
         for epoch in range(recipe.train.epochs):
@@ -129,17 +130,25 @@ class Workload:
         # budget counts them, and those that differ as the trie has them.
         budgeted = sum(len(answer) - 1 for answer in self.answers)
         read = {answer[:i] for answer in self.answers for i in range(len(answer))}
-        distinct = self.prompts if score else list(dict.fromkeys(self.prompts))
-        groups = list(
-            passes(distinct, budgeted if score else inference.max_new_tokens, tokens_per_pass)
-        )
-        nodes = NodeCounts(distinct).nodes(groups)
+        groups: list[list[int]] = []
+        behind: list[int] = []
+        ahead: list[int] = []
+        before: Ids = ()
+        extra = budgeted if score else inference.max_new_tokens
+        for cut in cuts(self.prompts, extra, tokens_per_pass):
+            if cut.beginning and cut.beginning != before:
+                ahead.append(len(cut.beginning))
+            before = cut.beginning
+            groups += [[cut.first + row for row in group] for group in cut.passes]
+            behind += [len(before)] * len(cut.passes)
         rows = np.array([len(group) for group in groups])
         added = len(read) - 1 if score else 0
         return Passes(
-            prompts=distinct,
+            prompts=self.prompts,
             groups=groups,
-            nodes=nodes + added * rows,
+            nodes=NodeCounts(self.prompts).nodes(groups) - np.array(behind) + added * rows,
+            behind=np.array(behind),
+            ahead=np.array(ahead, dtype=np.int64),
             logits=rows * (len(read) if score else 1),
         )
 
@@ -171,18 +180,30 @@ class Batches:
 class Passes:
     """All passes of one evaluation: groups of prompts, their nodes, and the nodes with logits.
 
-    What all prompts begin with is counted in every pass, as `tokens_per_pass` counts it, also
-    where it is run only once; so operations are an upper bound.
+    What all prompts begin with is run `ahead` of the passes, once, and every pass stands `behind`
+    so many of its tokens; `nodes` are those that a pass runs itself.
     """
 
     prompts: Sequence[Ids]
     groups: list[list[int]]
     nodes: NDArray[np.int64]
+    behind: NDArray[np.int64]
+    ahead: NDArray[np.int64]
     logits: NDArray[np.int64]
 
+    @property
+    def run(self) -> int:
+        """Tokens that are run in all."""
+        return int(self.nodes.sum() + self.ahead.sum())
+
+    @property
+    def highest(self) -> int:
+        """The pass that sees the most tokens, its beginning's included."""
+        return int((self.nodes + self.behind).argmax())
+
     def largest(self) -> list[list[Ids]]:
-        """Return the prompts of the pass with the most nodes, and of that with the most logits."""
-        places = {int(self.nodes.argmax()), int(self.logits.argmax())}
+        """Return the prompts of the pass with the most tokens, and of that with the most logits."""
+        places = {self.highest, int(self.logits.argmax())}
         return [[self.prompts[row] for row in self.groups[place]] for place in sorted(places)]
 
 

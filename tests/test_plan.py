@@ -18,6 +18,7 @@ from llm_emo.planner import GIB, Place, Planner
 from llm_emo.sizes import parse_memory
 from llm_emo.steps import Steps, dialogues_of
 from llm_emo.training import collate
+from llm_emo.trie import begin
 
 FULL = ("method={kind: full}",)
 
@@ -51,7 +52,7 @@ def test_memory_without_a_number_or_unit_is_refused(text):
     [
         ("mastodon/lora", ()),
         ("mastodon/lora", ("train.micro_batch_size=3", "train.tokens_per_pass=150")),
-        ("friends/lora_dialogue", ("train.micro_batch_size=4", "train.tokens_per_pass=150")),
+        ("friends/lora_dialogue", ("train.batch_size=4", "train.tokens_per_pass=150")),
     ],
 )
 def test_tokens_and_steps_are_those_of_training(tiny_folder, recipe, values):
@@ -98,11 +99,35 @@ def test_passes_are_those_of_an_evaluation(tiny_folder, mode, monkeypatch):
             model, work.prompts, ends=frozenset(), max_new_tokens=3, tokens_per_pass=100
         ))  # fmt: skip
     assert len(found.groups) > 1
-    # What all prompts begin with may be run once and for all, in front of the first pass.
-    once = [len(trie) for trie in built[: len(built) - len(found.groups)]]
-    behind = [len(trie) for trie in built[len(once) :]]
-    assert len(once) <= 1
-    assert found.nodes.tolist() == [nodes + sum(once) for nodes in behind]
+    # What all prompts begin with is run once and for all, in front of the first pass.
+    ahead = [len(trie) for trie in built[: len(built) - len(found.groups)]]
+    assert found.ahead.tolist() == ahead
+    assert len(ahead) == 1
+    assert found.nodes.tolist() == [len(trie) for trie in built[len(ahead) :]]
+    assert set(found.behind.tolist()) == set(ahead)
+    assert found.run == sum(map(len, built))
+
+
+@pytest.mark.parametrize("budget", [100, 10_000])
+def test_a_beginning_that_all_windows_share_is_counted_once(tiny_folder, budget, monkeypatch):
+    from llm_emo import inference
+    from llm_emo.workload import Workload
+
+    monkeypatch.setattr(inference, "WINDOW", 3)
+    work = Workload.of(experiment(tiny_folder, "inference.mode=score"))
+    found = work.passes(budget)
+    begun = []
+    monkeypatch.setattr(
+        inference, "begin", lambda model, ids: begun.append(len(ids)) or begin(model, ids)
+    )
+    model = auto.load(work.experiment.recipe.model, work.experiment.recipe.method).model
+    list(inference.score(model, work.prompts, work.answers, tokens_per_pass=budget))
+    assert found.ahead.tolist() == begun
+    assert len(begun) <= 1 < len(found.groups)
+    # Less what is spared, it is what every pass would run by itself.
+    whole = work.passes(budget).nodes + found.behind
+    spared = int(found.behind.sum() - found.ahead.sum())
+    assert found.run == int(whole.sum()) - spared
 
 
 def test_a_suggestion_fits_and_is_a_recipe(tiny_folder):
@@ -125,6 +150,36 @@ def test_a_suggestion_fits_and_is_a_recipe(tiny_folder):
     assert again["memory"]["fits"]
     assert again["memory"]["needed"] == pytest.approx(suggestion["needed"], rel=1e-6)
     assert again["verdict"].startswith("FITS")
+
+
+def test_a_budget_of_tokens_is_the_largest_power_of_two_that_fits(tiny_folder):
+    batch = ("train.batch_size=16", "train.micro_batch_size=4")
+    given = experiment(tiny_folder, *batch)
+    roomy = on_gpu(given, 100 * GIB)
+    whole = roomy.by_tokens(roomy.own)
+    step = int(roomy.batches(16, None).nodes.max())
+    assert step <= whole.budget < 2 * step
+    assert len(roomy.batches(16, whole.budget).rows) == roomy.work.steps, "a step is one pass"
+    half = roomy.choice("none", False, 16, whole.budget // 2, whole.tokens_per_pass)
+    assert half.needed < whole.needed
+    narrow = on_gpu(given, int(half.needed + whole.needed) // 2)
+    found = narrow.by_tokens(narrow.own)
+    assert found.budget == whole.budget // 2
+    assert narrow.fits(found)
+    assert narrow.options(found) == [
+        "train.micro_batch_size=16", f"train.tokens_per_pass={found.budget}"
+    ]  # fmt: skip
+    drawn = narrow.batches(16, found.budget)
+    assert all(len(rows) == 1 for rows, n in zip(drawn.rows, drawn.nodes, strict=True)
+               if n > found.budget)  # fmt: skip
+    result = planning.plan(given, gpu_memory=narrow.place.capacity)
+    assert result["by_tokens"]["fits"]
+    recipes.load("mastodon/lora", result["by_tokens"]["set"])
+
+
+def test_where_nothing_is_trained_no_tokens_are_suggested_for_it(tiny_folder):
+    given = experiment(tiny_folder, recipe="mastodon/zero_shot")
+    assert planning.plan(given, gpu_memory=GIB)["by_tokens"] is None
 
 
 def test_where_nothing_fits_the_verdict_says_what_is_missing(tiny_folder):
@@ -151,9 +206,9 @@ def test_more_rows_and_fewer_recomputations_need_more(tiny_folder):
     planner = on_gpu(experiment(tiny_folder, "train.batch_size=8"), GIB)
     sizes = planner.micro_batch_sizes
     for kept in ("none", "nf4", "int8"):
-        peaks = [planner.training(kept, False, micro, 512).peak for micro in sizes]
+        peaks = [planner.training(kept, False, micro, None, 512).peak for micro in sizes]
         assert peaks == sorted(peaks)
-        deep = [planner.training(kept, True, micro, 512).peak for micro in sizes]
+        deep = [planner.training(kept, True, micro, None, 512).peak for micro in sizes]
         assert all(few < many for few, many in zip(deep, peaks, strict=True))
 
 
