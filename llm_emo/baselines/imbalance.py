@@ -1,9 +1,9 @@
-"""Losses and row orders for corpora with rare classes; for encoders and for LLMs.
+"""Losses and row orders for corpora with rare classes.
 
 Everything works on `logits`, one score per class, shape (B, C), on `labels`, shape (B,), and on
 `counts`, the training rows of every class, shape (C,). A class without training rows is
-counted as one row, so that nothing is divided by zero. For an LLM the logits are the labels'
-log-probabilities in score mode, log P(label | prompt): softmax leaves those as they are.
+counted as one row, so that nothing is divided by zero. `llm_emo.llm_imbalance` says what the same
+remedies are for a model that writes its labels.
 
 Every loss is one number a row, and the loss of a batch is their plain mean over the rows of the
 global batch. Weights have mean 1 over the training rows; dividing by the rows rather than by
@@ -73,7 +73,16 @@ def row_losses(option: Imbalance | None, logits: Tensor, labels: Tensor, counts:
 
 def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     """Return (1 - p) ** gamma times -log p of the right class; shape (B,)."""
-    log_p = -_cross_entropy(logits, labels)  # (B,)
+    return focused(-_cross_entropy(logits, labels), gamma)
+
+
+def focused(log_p: Tensor, gamma: float) -> Tensor:
+    """Return (1 - p) ** gamma times -log p, of the same shape.
+
+    Args:
+        log_p: log-probabilities of what is right, in nats.
+        gamma: how much less counts what is right already.
+    """
     # 1 - exp(log p) loses all digits where p is near 1; and a power below 1 has no gradient at 0.
     missing = (-torch.expm1(log_p)).clamp(min=1e-12)
     return -(missing**gamma) * log_p
