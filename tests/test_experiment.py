@@ -26,7 +26,10 @@ def test_the_data_root_given_beats_the_one_in_the_environment(monkeypatch):
     assert data_root(Path("~/corpora")) == Path.home() / "corpora"
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if "chatglm2" not in name])
+LLMS = [name for name in recipes.names() if isinstance(recipes.load(name), recipes.Recipe)]
+
+
+@pytest.mark.parametrize("name", [name for name in LLMS if "chatglm2" not in name])
 def test_every_shipped_recipe_renders_its_rows(name):
     experiment = prepare(name)
     for split in ("train", "dev"):

@@ -13,6 +13,10 @@ from llm_emo import datasets, prompts, protocols, recipes, resources
 from llm_emo.errors import RecipeError
 
 SHIPPED = recipes.names()
+BASELINES = tuple(
+    name for name in SHIPPED if isinstance(recipes.load(name), recipes.BaselineRecipe)
+)
+LLMS = tuple(name for name in SHIPPED if name not in BASELINES)
 HEX = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -60,7 +64,7 @@ def leaves(node, path=()):
 
 
 def test_every_corpus_with_text_has_the_three_methods_for_both_models():
-    folders = {name.split("/")[0] for name in SHIPPED}
+    folders = {name.split("/")[0] for name in LLMS}
     covered = {recipes.load(f"{folder}/lora").data.dataset for folder in folders}
     assert covered == {name for name in datasets.names() if name != "emodb"}
     for folder in folders:
@@ -69,7 +73,7 @@ def test_every_corpus_with_text_has_the_three_methods_for_both_models():
             assert f"{folder}/chatglm2_{method}" in SHIPPED
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", LLMS)
 def test_a_shipped_recipe_does_what_its_name_says(name):
     recipe = recipes.load(name)
     stem = name.split("/")[1]
@@ -99,7 +103,7 @@ def test_a_text_that_starts_a_prefix_names_every_label_as_the_prompt_does(name):
         assert all(word in recipe.method.init_text for word in labels.words)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", LLMS)
 def test_a_shipped_recipe_fits_the_fixture_of_its_corpus(name):
     recipe = recipes.load(name)
     protocol = protocols.get(recipe.data.protocol)
@@ -119,6 +123,32 @@ def test_a_shipped_recipe_fits_the_fixture_of_its_corpus(name):
         example = prompt.render(row, labels, history_window=recipe.prompt.history_window)
         assert row.utterance.text.strip() in example.message
         assert example.answer == prompt.answer(labels.word(row.gold))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_specialised_recipe_is_named_after_its_method_and_reads_its_corpus(name):
+    recipe = recipes.load(name)
+    assert recipe.method.kind in name.split("/")[1]
+    splits = protocols.rows(
+        protocols.get(recipe.data.protocol),
+        fixture(recipe.data.dataset),
+        seed=recipe.seed,
+        fold=recipe.data.fold,
+        dev_fraction=recipe.data.dev_fraction,
+    )
+    assert splits.train
+    if recipe.train is not None:
+        assert splits.dev
+
+
+def test_every_corpus_of_an_llm_has_a_floor_on_the_same_rows():
+    for folder in {name.split("/")[0] for name in LLMS}:
+        data = recipes.load(f"{folder}/lora").data
+        for floor in ("majority", "linear"):
+            assert recipes.load(f"{folder}/{floor}").data == data
+        chinese = datasets.get(data.dataset).language == "zh"
+        unit = recipes.load(f"{folder}/linear").method.features.unit
+        assert unit == ("character" if chinese else "word")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -57,14 +57,18 @@ class TextCnn(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the class scores, shape (B, C), of texts, shape (B, L), padded on the right."""
+        logits: Tensor = self.output(self.dropout(self.features(ids)))
+        return logits
+
+    def features(self, ids: Tensor) -> Tensor:
+        """Return what the filters found in texts, shape (B, filters of all sizes)."""
         lengths = (ids != PADDING).sum(1).clamp(min=1)  # (B,)
         vectors = self.embedding(ids).transpose(1, 2)  # (B, D, L)
         pooled = [
             self._pool(convolution, size, vectors, lengths)
             for convolution, size in zip(self.convolutions, self.settings.sizes, strict=True)
         ]
-        logits: Tensor = self.output(self.dropout(torch.cat(pooled, 1)))
-        return logits
+        return torch.cat(pooled, 1)
 
     def _pool(self, convolution: nn.Module, size: int, vectors: Tensor, lengths: Tensor) -> Tensor:
         """Return one number per filter, shape (B, F)."""

