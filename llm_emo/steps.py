@@ -13,11 +13,8 @@ import torch
 from torch.utils.data import Sampler
 
 from llm_emo.encoding import Encoded
-from llm_emo.experiment import dialogues, dialogues_of
 from llm_emo.inference import passes
 from llm_emo.recipes import Train
-
-__all__ = ["AHEAD", "Steps", "dialogues", "dialogues_of", "sequence"]
 
 AHEAD = 8
 """Dialogues that are looked at for one that a step still has room for.

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from llm_emo import recipes
 from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded, Encoder
-from llm_emo.experiment import Experiment
+from llm_emo.experiment import Experiment, dialogues_of
 from llm_emo.inference import Ids, cuts
 from llm_emo.models import auto
 from llm_emo.models.meta import config_of
 from llm_emo.node_counts import NodeCounts
-from llm_emo.steps import Steps, dialogues_of, sequence
+from llm_emo.steps import Steps, sequence
 from llm_emo.types import Split
 
 _LONGER = {"en": "about a tenth larger", "zh": "2.3 to 2.5 times as large"}

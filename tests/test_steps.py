@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llm_emo.encoding import Encoded
 from llm_emo.errors import RecipeError
-from llm_emo.steps import AHEAD, Steps, dialogues, dialogues_of, sequence
+from llm_emo.experiment import dialogues, dialogues_of
+from llm_emo.steps import AHEAD, Steps, sequence
 from llm_emo.training import collate
 from llm_emo.types import Row, Utterance
 
