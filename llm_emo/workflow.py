@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llm_emo import checkpoints, methods, metrics, optimizers, recipes, runs, training
 from llm_emo.encoded_rows import encoded
+from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
 from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment, dialogues_of
 from llm_emo.labelling import Labeller, open_labeller
@@ -181,8 +182,9 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
     # Found now rather than after an epoch.
     auto.require_known(base.name, base.model, [*rows, *labeller.encoder.encode(dev)])
 
+    task, order = _remedied(labeller, rows, settings)
     steps = Steps(
-        rows, settings, seed=recipe.seed, dialogues=dialogues,
+        rows, settings, seed=recipe.seed, dialogues=dialogues, order=order,
         rank=state.process_index, world=state.num_processes,
     )  # fmt: skip
     shortened = sum(row.dropped > 0 for row in rows)
@@ -199,11 +201,29 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
         rows,
         steps,
         settings,
-        training.Answers(),
+        task,
         _Dev(labeller, dev).measure,
         keep,
         {"dtype": base.dtype, "shortened_texts": shortened},
     )
+
+
+def _remedied(
+    labeller: Labeller, rows: Sequence[Encoded], settings: recipes.Train
+) -> tuple[training.Task, Callable[[int], Sequence[int]] | None]:
+    """Return what is learned and in what order, with what the recipe does about rare classes."""
+    option, seed = settings.imbalance, labeller.experiment.recipe.seed
+    if option is None:
+        return training.Answers(), None
+    from llm_emo import llm_imbalance as remedies
+    from llm_emo.baselines.imbalance import class_counts
+
+    answers = labeller.encoder.answers(labeller.experiment.answers)
+    counts = class_counts(remedies.classes_of(rows, answers), len(answers))
+    task = remedies.RemediedAnswers(option, answers, counts)
+    if option.kind != "resampling":
+        return task, None
+    return task, lambda epoch: remedies.order(option, rows, answers, seed=seed, epoch=epoch)
 
 
 def train(job: Job | Fitted, run: runs.Run, *, resume: bool) -> dict[str, Any]:

@@ -412,3 +412,21 @@ def test_ctrl_c_ends_training_with_a_message_that_says_how_to_continue(tiny_fold
     assert not (run / "adapter").exists()
     told = program.call("evaluate", run)
     told.refused("has not finished", "--resume")
+
+
+# --- rare classes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["{kind: class_weights}", "{kind: focal, balanced: true}", "{kind: logit_adjustment}",
+     "{kind: resampling}"],
+)  # fmt: skip
+def test_an_llm_learns_under_every_remedy_and_differently(option, tiny_folder, tmp_path):
+    def weights(name, *changes):
+        folder = program.train(tmp_path / name, tiny_folder, "mastodon/lora", *changes)
+        return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+    plain, remedied = weights("plain"), weights("remedied", f"train.imbalance={option}")
+    assert plain.keys() == remedied.keys()
+    assert any(not torch.equal(plain[name], remedied[name]) for name in plain)
