@@ -1,0 +1,113 @@
+"""Tables of recipes: each cell trained once, all measured on the same rows."""
+
+import json
+
+import program
+import pytest
+
+from llm_emo import grid, recipes
+
+TABLE = """
+title: two floors
+split: dev
+metrics: [accuracy, "f1:neutral"]
+seeds: [0, 1]
+cells:
+  "majority": {recipe: mastodon/majority}
+  "linear": {recipe: mastodon/linear, set: ["method.features.strength=5.0"]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(TABLE)
+    return path
+
+
+def run(file, *options):
+    arguments = ("--data-root", program.FIXTURES, "-o", file.parent / "runs", *options)
+    return program.call("grid", file, *arguments)
+
+
+def test_a_grid_gives_every_cell_s_mean_and_values_over_the_seeds(file):
+    [made] = json.loads(run(file, "--json").ok().out)["grids"]
+    assert [cell["cell"] for cell in made["cells"]] == ["majority", "linear"]
+    for cell in made["cells"]:
+        accuracy = cell["metrics"]["accuracy"]
+        assert accuracy["mean"] == pytest.approx(sum(accuracy["values"]) / 2)
+        assert len(accuracy["values"]) == 2
+        assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+    report = json.loads(
+        program.call(
+            "evaluate", file.parent / "runs" / "table" / "linear" / "seed1", "--split", "dev",
+            "--data-root", program.FIXTURES, "--json",
+        ).ok().out
+    )  # fmt: skip
+    linear = made["cells"][1]["metrics"]
+    assert linear["accuracy"]["values"][1] == report["accuracy"]
+    assert linear["f1:neutral"]["values"][1] == report["per_class"]["neutral"]["f1"]
+
+
+def test_what_is_finished_is_not_run_again(file):
+    run(file).ok()
+    folder = file.parent / "runs" / "table"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    run(file).ok()
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in before if path.suffix != ".lock"} <= set(after)
+    assert all(after[path] == before[path] for path in before if path.suffix != ".lock")
+
+
+def test_a_changed_cell_is_not_taken_from_the_old_run(file):
+    run(file).ok()
+    file.write_text(TABLE.replace("strength=5.0", "strength=6.0"))
+    run(file).refused("begun with another recipe", "linear")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pieces"),
+    [
+        ("accuracy,", "acuracy,", ["did you mean 'accuracy'"]),
+        ("f1:neutral", "f1:neutrl", ["did you mean 'neutral'"]),
+        ("cells:", "cels:", ["did you mean 'cells'"]),
+        ("mastodon/linear", "mastodon/liner", ["did you mean 'mastodon/linear'"]),
+        ("features.strength=5.0", "features.strenth=5.0", ["did you mean 'strength'"]),
+        ('"method.features.strength=5.0"', '"method.encoder_run=@linear"', ["no cell above it"]),
+        ("mastodon/majority", "vader/majority", ["mastodon3", "vader"]),
+    ],
+)
+def test_what_is_wrong_in_a_grid_is_told_before_anything_is_trained(file, old, new, pieces):
+    assert old in TABLE
+    file.write_text(TABLE.replace(old, new))
+    run(file).refused(*pieces)
+    assert not (file.parent / "runs").exists()
+
+
+def test_a_cell_can_build_on_the_run_of_another_with_the_same_seed_and_fold(tmp_path):
+    below, above = grid.Cell(recipe="a"), grid.Cell(recipe="b", set=("method.encoder_run=@one x",))
+    made = grid.Grid(
+        title="t", split="dev", metrics=("accuracy",), seeds=(3, 4), folds=(0, 1),
+        cells={"one x": below, "two": above},
+    )  # fmt: skip
+    found = {(p.cell, p.seed, p.fold): p for p in grid.places(made, tmp_path)}
+    assert len(found) == 8
+    for (cell, seed, fold), place in found.items():
+        assert f"seed={seed}" in place.overrides
+        assert f"data.fold={fold}" in place.overrides
+        if cell == "two":
+            assert f"method.encoder_run={found['one x', seed, fold].folder}" in place.overrides
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_path):
+    _, made = grid.load(name)
+    protocols = {
+        recipes.load(place.recipe, place.overrides).data.protocol
+        for place in grid.places(made, tmp_path)
+    }
+    assert len(protocols) == 1
+
+
+def test_an_unknown_grid_names_the_nearest():
+    program.call("grid", "mastodn").refused("mastodn", "no such file or shipped grid")
