@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llm_emo import datasets, grouping
+from llm_emo.baselines import folds
 from llm_emo.datasets.base import ALL
 from llm_emo.errors import ProtocolError, nearest
 from llm_emo.gold import (
@@ -33,8 +34,9 @@ from llm_emo.gold import (
 )
 from llm_emo.types import SPLITS, Row, Split, Utterance
 
-Partition = Literal["official", "speakers", "sessions", "fifth session", "documents"]
-"""Where the test split comes from: the corpus, or which units are held out."""
+Partition = Literal["official", "speakers", "sessions", "fifth session", "documents", "random"]
+"""Where the test split comes from: the corpus, or which units are held out; "random" holds out
+single rows, so that speakers (and parts of a dialogue) are in train and test alike."""
 
 TEST_FRACTION = 0.2
 """Of a corpus that publishes no test split ("documents"); the same rows for every seed."""
@@ -265,6 +267,8 @@ def _hold_out(
         _refuse_fold(protocol, fold)
         parts = _part(everything, lambda row: "test" if _session(row) == "Ses05" else "train")
         return parts, {"train": "sessions 1 to 4", "dev": "", "test": "session 5"}
+    if protocol.partition == "random":
+        return _random(protocol, everything, fold)
     by = _session if protocol.partition == "sessions" else _speaker
     units = sorted({by(row) for row in everything})
     if fold is None or not 0 <= fold < len(units):
@@ -285,6 +289,25 @@ def _hold_out(
         "train": f"the other {protocol.partition}",
         "dev": f"{kind} {dev_unit}, chosen by seed {seed}",
         "test": f"{kind} {test_unit}, fold {fold} of {len(units)}",
+    }
+
+
+def _random(
+    protocol: Protocol, everything: list[Utterance], fold: int | None
+) -> tuple[dict[str, list[Utterance]], dict[str, str]]:
+    if fold is None:
+        raise ProtocolError(
+            f"{protocol.name}: found no fold; expected 0 to {folds.FOLDS - 1}: the fold is the "
+            "fifth held out"
+        )
+    counted = [row for row in everything if protocol.gold(row) is not None]
+    # Seed 0 whatever the run's seed is: a test split is one set of rows.
+    splits = folds.random_fold(_labels(protocol, counted), fold, 0)
+    shared = "of every class, drawn row by row; speakers are shared between the splits"
+    return _part(counted, lambda row: splits[row.uid]), {
+        "train": f"55% {shared}",
+        "dev": f"25% {shared}",
+        "test": f"20% {shared}; fold {fold} of {folds.FOLDS}, fixed",
     }
 
 
@@ -425,9 +448,13 @@ _PROTOCOLS = (
     _tweeteval("tweeteval-anger-optimism", ("anger", "optimism"), 681),
     Protocol("iemocap4", "iemocap", _I4, WA_UA, "speech", _iemocap({"exc": "happy"}, _I4),
              partition="sessions"),
+    Protocol("iemocap4-random", "iemocap", _I4, WA_UA, "He et al., random rows",
+             _iemocap({"exc": "happy"}, _I4), partition="random"),
     Protocol("iemocap6", "iemocap", _I6, ("weighted_f1", "accuracy"), "text ERC",
              _iemocap({}, _I6), partition="fifth session"),
     Protocol("emodb4", "emodb", _E4, WA_UA, "speech", _EMODB_GOLD, partition="speakers"),
+    Protocol("emodb4-random", "emodb", _E4, WA_UA, "He et al., random rows", _EMODB_GOLD,
+             partition="random"),
     Protocol("vader3", "vader", THREE, ("macro_f1", "accuracy"), "the quickstart", _vader3,
              partition="documents"),
 )

@@ -238,6 +238,29 @@ def test_emodb4_needs_a_fold_that_exists(fixtures, fold):
         protocols.rows(protocols.get("emodb4"), loaded, seed=0, fold=fold)
 
 
+@pytest.mark.parametrize("name", ["emodb4-random", "iemocap4-random"])
+def test_random_folds_part_the_rows_of_their_speaker_independent_twins(fixtures, name):
+    protocol, twin = protocols.get(name), protocols.get(name.removesuffix("-random"))
+    loaded = datasets.read(protocol.dataset, fixtures)
+    whole = protocols.rows(twin, loaded, seed=0, fold=0)
+    everything = {row.utterance.uid: row.gold for part in SPLITS for row in whole.get(part)}
+    tested = []
+    for fold in range(5):
+        splits = protocols.rows(protocol, loaded, seed=fold, fold=fold)
+        parted = {row.utterance.uid: row.gold for p in SPLITS for row in getattr(splits, p)}
+        assert parted == everything
+        assert "speakers are shared" in splits.record["how"]["test"]
+        tested += [row.utterance.uid for row in splits.test]
+    assert sorted(tested) == sorted(everything)
+
+
+@pytest.mark.parametrize("fold", [None, -1, 5])
+def test_random_folds_are_five(fixtures, fold):
+    loaded = datasets.read("emodb", fixtures)
+    with pytest.raises(ProtocolError, match="expected 0 to 4"):
+        protocols.rows(protocols.get("emodb4-random"), loaded, seed=0, fold=fold)
+
+
 @pytest.mark.parametrize("name", ["friends7", "iemocap6", "vader3"])
 def test_fold_is_refused_where_there_are_none(fixtures, name):
     protocol = protocols.get(name)

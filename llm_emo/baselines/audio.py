@@ -164,14 +164,17 @@ def log_mel(waveform: Waveform) -> Tensor:
     """
     if not len(waveform):
         raise ValueError("a clip without samples has no frames")
-    signal = torch.from_numpy(_fitted(waveform, SAMPLES)).double()
+    frames = frame_count(len(waveform))
+    # As far as the last of these frames sees; silence after it would be computed for nothing.
+    heard = min(SAMPLES, (frames - 1) * HOP + WINDOW // 2)
+    signal = torch.from_numpy(_fitted(waveform, heard)).double()
     window = torch.hann_window(WINDOW, dtype=torch.float64)
     spectrum = torch.stft(
         signal, WINDOW, HOP, window=window, center=True, pad_mode="constant", return_complex=True
-    )  # (201, 751)
-    power = spectrum.abs().square().T @ _filters()  # (751, M)
+    )  # (201, T or T + 1)
+    power = spectrum[:, :frames].abs().square().T @ _filters()  # (T, M)
     decibels = 10 * power.clamp(min=10 ** (FLOOR_DB / 10)).log10()
-    return decibels[: frame_count(len(waveform))].float()
+    return decibels.float()
 
 
 def pad(clips: Sequence[Tensor], frames: int | None = FRAMES) -> tuple[Tensor, Tensor]:

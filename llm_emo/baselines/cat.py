@@ -85,6 +85,11 @@ class Cat(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Map log-mels (B, T, M) with (B,) valid frames to logits (B, classes)."""
+        logits: Tensor = self.classify(self.encode(features, lengths))
+        return logits
+
+    def encode(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Return the sum from which the last layer makes logits; shape (B, D)."""
         if not self.settings.mask:
             lengths = torch.full_like(lengths, features.shape[1])
         x = self.standardise(features, lengths)
@@ -92,20 +97,17 @@ class Cat(nn.Module):
         h_l = self._located(self.lstm(shortened, after_lstm))
         structure = self.settings.structure
         if structure == "lstm_transformer":
-            output = mean_over_time(self.transformer(h_l, None, after_lstm), after_lstm)
-        else:
-            h_c, after_cnn = self.cnn(x, lengths)
-            h_c = self._located(h_c)
-            parts = []
-            if structure == "cnn_plus_lstm":
-                parts = [mean_over_time(h_c, after_cnn), mean_over_time(h_l, after_lstm)]
-            if structure in ("cat", "cnn_to_lstm"):
-                parts.append(mean_over_time(self.cnn_to_lstm(h_c, h_l, after_lstm), after_cnn))
-            if structure in ("cat", "lstm_to_cnn"):
-                parts.append(mean_over_time(self.lstm_to_cnn(h_l, h_c, after_cnn), after_lstm))
-            output = torch.stack(parts).sum(0)
-        logits: Tensor = self.classify(output)
-        return logits
+            return mean_over_time(self.transformer(h_l, None, after_lstm), after_lstm)
+        h_c, after_cnn = self.cnn(x, lengths)
+        h_c = self._located(h_c)
+        parts = []
+        if structure == "cnn_plus_lstm":
+            parts = [mean_over_time(h_c, after_cnn), mean_over_time(h_l, after_lstm)]
+        if structure in ("cat", "cnn_to_lstm"):
+            parts.append(mean_over_time(self.cnn_to_lstm(h_c, h_l, after_lstm), after_cnn))
+        if structure in ("cat", "lstm_to_cnn"):
+            parts.append(mean_over_time(self.lstm_to_cnn(h_l, h_c, after_cnn), after_lstm))
+        return torch.stack(parts).sum(0)
 
     def _located(self, x: Tensor) -> Tensor:
         if not self.settings.positional_encoding:

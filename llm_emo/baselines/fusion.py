@@ -26,9 +26,7 @@ Where the paper is silent:
 Letters: B rows, T tokens or frames, H hidden units, k classes.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +35,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_emo.baselines import sounds
 from llm_emo.baselines.acoustic import mean_over_time
 from llm_emo.baselines.audio import SAMPLE_RATE, WINDOW, Waveform, decode
+from llm_emo.baselines.classifier import Encoding
 from llm_emo.baselines.features import cached, fingerprint
 from llm_emo.baselines.speech_settings import FusionSettings
-from llm_emo.errors import DatasetError
-from llm_emo.fetch import sha256_of
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What a fine-tuned classifier says of rows: `features` (B, H), `scores` (B, k) sum to 1."""
-
-    features: Tensor
-    scores: Tensor
 
 
 class AudioClassifier(nn.Module):
@@ -90,6 +80,11 @@ class AudioClassifier(nn.Module):
         return logits
 
 
+def is_spectral(extractor: Any) -> bool:
+    """Whether an encoder reads spectra of one length for all clips, instead of samples."""
+    return bool(extractor.model_input_names[0] == "input_features")
+
+
 def audio_inputs(
     extractor: Any, waveforms: Sequence[Waveform], max_samples: int
 ) -> dict[str, Tensor]:
@@ -100,7 +95,7 @@ def audio_inputs(
     """
     clips = [_clip(waveform, max_samples) for waveform in waveforms]
     samples = torch.tensor([len(clip) for clip in clips])
-    spectral = extractor.model_input_names[0] == "input_features"
+    spectral = is_spectral(extractor)
     padding = "max_length" if spectral else "longest"
     batch = extractor(clips, sampling_rate=SAMPLE_RATE, padding=padding, return_tensors="pt")
     if spectral:
@@ -141,7 +136,7 @@ def encode(classifier: AudioClassifier, rows: Iterable[Mapping[str, Tensor]]) ->
 def encode_sounds(
     classifier: AudioClassifier,
     extractor: Any,
-    sounds: Mapping[str, Path],
+    files: Mapping[str, Path],
     max_samples: int,
     *,
     folder: Path | None = None,
@@ -151,38 +146,24 @@ def encode_sounds(
     Args:
         classifier: fine-tuned.
         extractor: its encoder's feature extractor.
-        sounds: a file by uid.
+        files: by uid.
         max_samples: of a clip.
         folder: the cache; the program's own by default.
 
     Raises:
         DatasetError: a file is absent or no sound.
     """
-    files = hashlib.sha256()
-    for path in sounds.values():
-        if not path.is_file():
-            raise DatasetError(f"{path}: no such sound file; is the corpus complete?")
-        files.update(sha256_of(path).encode())
     key = {
-        "files": files.hexdigest(),
+        "kind": "speech encoder",
+        "weights": fingerprint(classifier),
+        "files": sounds.digest(files.values()),
         "extractor": extractor.to_json_string(),
         "max_samples": max_samples,
     }
-    rows = (audio_inputs(extractor, [decode(path)], max_samples) for path in sounds.values())
-    return _kept(classifier, key, tuple(sounds), rows, folder)
-
-
-def _kept(
-    classifier: AudioClassifier,
-    key: Mapping[str, str | int],
-    uids: Sequence[str],
-    rows: Iterable[Mapping[str, Tensor]],
-    folder: Path | None,
-) -> Encoding:
-    """Keep features and scores as one vector a row."""
-    whole = {"kind": "fusion", "weights": fingerprint(classifier), **key}
-    kept = torch.from_numpy(
-        cached(whole, uids, lambda: join([encode(classifier, rows)]).numpy(), folder=folder).copy()
+    # A generator: clips are decoded where they are not in the cache.
+    rows = (audio_inputs(extractor, [decode(path)], max_samples) for path in files.values())
+    kept = torch.tensor(
+        cached(key, tuple(files), lambda: join([encode(classifier, rows)]).numpy(), folder=folder)
     )
     width = classifier.classify.in_features
     return Encoding(kept[:, :width], kept[:, width:])
@@ -193,6 +174,7 @@ class Fusion(nn.Module):
 
     def __init__(self, settings: FusionSettings, inputs: int, classes: int) -> None:
         super().__init__()
+        self.inputs = inputs
         layers: list[nn.Module] = []
         for hidden in settings.hidden:
             layers += [nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(settings.dropout)]

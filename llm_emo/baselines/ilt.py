@@ -60,6 +60,11 @@ class Ilt(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Map log-mels (B, T, M) with (B,) valid frames to logits (B, classes)."""
+        logits: Tensor = self.classify(self.encode(features, lengths))
+        return logits
+
+    def encode(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Return O_final, from which the last layer makes logits; shape (B, D), or (B, 2D)."""
         if not self.settings.mask:
             lengths = torch.full_like(lengths, features.shape[1])
         c, steps = self.cnn(self.standardise(features, lengths), lengths)
@@ -71,8 +76,7 @@ class Ilt(nn.Module):
         output = mean_over_time(self.transformer(located, None, steps), steps)
         if self.settings.structure == "ilt":
             output = self._fused(self.pooling(self.lstm(c, steps), steps), output)
-        logits: Tensor = self.classify(output)
-        return logits
+        return output
 
     def _fused(self, lstm: Tensor, transformer: Tensor) -> Tensor:
         if self.settings.fusion == "concatenation":

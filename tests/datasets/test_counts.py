@@ -93,8 +93,10 @@ def test_table_of_protocols_is_complete():
         "tweeteval-anger-joy": 916,
         "tweeteval-anger-optimism": 681,
         "iemocap4": None,
+        "iemocap4-random": None,
         "iemocap6": None,
         "emodb4": None,
+        "emodb4-random": None,
         "vader3": None,
     }
     assert {name: protocols.get(name).n_test for name in protocols.names()} == sizes
@@ -278,6 +280,21 @@ def test_emodb_folds_hold_out_one_speaker_each(corpora):
         assert [len(speakers) for speakers in heard] == [6, 1, 1]
         assert set.union(*heard) == {row.speaker for row in parts["all"]}
         tested += [row.utterance.uid for row in splits.test]
+    assert len(tested) == len(set(tested)) == 266
+
+
+def test_emodb_random_folds_test_every_row_once_whatever_the_seed(corpora):
+    parts = corpora("emodb")
+    protocol = protocols.get("emodb4-random")
+    tested = []
+    for fold in range(5):
+        one, other = (protocols.rows(protocol, parts, seed=n, fold=fold) for n in (0, 3))
+        assert (one.train, one.dev, one.test) == (other.train, other.dev, other.test)
+        sizes = [len(one.get(split)) for split in SPLITS]
+        assert all(
+            abs(n - share * 266) < 5 for n, share in zip(sizes, (0.55, 0.25, 0.2), strict=True)
+        )
+        tested += [row.utterance.uid for row in one.test]
     assert len(tested) == len(set(tested)) == 266
 
 
