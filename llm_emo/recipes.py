@@ -369,8 +369,8 @@ class BaselineRecipe(_Common):
             )
         if train is None:
             return self
-        for key in ("tokens_per_pass", "batch_by"):
-            if key in train.model_fields_set:
+        for key, unused in (("tokens_per_pass", None), ("batch_by", "row")):
+            if getattr(train, key) != unused:
                 raise conflict(
                     f"'train.{key}': belongs to LLMs; method {method.kind} has no use for it",
                     f"train.{key}",
