@@ -376,7 +376,8 @@ def _ascii(utterance: Utterance) -> bool:
 
 
 def _tweeteval(name: str, labels: tuple[str, ...], n_test: int) -> Protocol:
-    metrics = ("macro_f1", "accuracy") if len(labels) == 4 else ACCURACY_F1
+    # The report prints accuracies; but always saying anger gives 0.82 where the other is rare.
+    metrics = ACCURACY_F1 if labels == ("anger", "joy") else ("macro_f1", "accuracy")
     used_by = "TweetEval" if len(labels) == 4 else "the CNN report on tweets"
     gold = only(by_label({name: name for name in TWEETS}), labels)
     return Protocol(name, "tweeteval_emotion", labels, metrics, used_by, gold, n_test=n_test)
