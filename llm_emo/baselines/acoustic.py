@@ -148,16 +148,18 @@ def _over_time(function: Callable[..., Tensor], line: Tensor, *arguments: int) -
 
     Channels lie last in memory throughout, where a frame is one piece and a norm takes rows.
     """
-    image = line.permute(2, 0, 1)[None]  # (1, C, R, M)
-    result: Tensor = function(image, *arguments)[0].permute(1, 2, 0)
+    # In this order, here and on the way back: the stride of a batch that is added to turned axes
+    # makes torch take channels to lie first, and copy.
+    image = line[None].permute(0, 3, 1, 2)  # (1, C, R, M)
+    result: Tensor = function(image, *arguments).permute(0, 2, 3, 1).squeeze(0)
     return result
 
 
 def _normalised(norm: nn.Module, line: Tensor, places: Tensor) -> Tensor:
     """Normalise the valid frames over each other, and rectify; the others become 0; (R, M, C)."""
     sound = line.index_select(0, places)  # (frames, M, C)
-    kept = torch.relu(norm(sound.flatten(0, 1))).view_as(sound)
-    return torch.zeros_like(line).index_copy(0, places, kept)
+    kept = norm(sound.flatten(0, 1)).relu_().view_as(sound)
+    return torch.zeros_like(line).index_copy_(0, places, kept)
 
 
 class BiLstm(nn.Module):

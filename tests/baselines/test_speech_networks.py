@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from llm_emo.baselines import acoustic
 from llm_emo.baselines.cat import Cat
@@ -368,3 +369,46 @@ def test_a_gpu_gives_the_same(name):
     expected = made(features, lengths)
     found = made.cuda()(features.cuda(), lengths.cuda())
     torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+def alone(cnn, row, length):
+    """Run equation 5 on one clip by itself, written out; frames beyond `length` are not there."""
+    x = row[None, None, :length]
+    for convolution, norm in zip(cnn.convolutions, cnn.norms, strict=True):
+        x = convolution(x)
+        x = nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias
+        ).relu()
+        x = nn.functional.avg_pool2d(x, cnn.pool)
+    return x.permute(0, 2, 3, 1).flatten(2)[0]
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "pool"),
+    [((4, 6, 8), 3, 2), ((2, 4), 7, 2), ((2, 4), 4, 3), ((4,), 5, 3)],
+)
+def test_clips_that_share_a_time_axis_do_not_hear_each_other(channels, kernel, pool):
+    torch.manual_seed(0)
+    settings = CnnSettings(channels=channels, kernel=kernel, pool=pool, dropout=0.0)
+    cnn = acoustic.Cnn(40, settings).eval().double()
+    lengths = torch.tensor([50, 17, 31, 9, 48, 49])
+    x = torch.randn(6, 50, 40, dtype=torch.float64) * acoustic.within(lengths, 50)[..., None]
+    steps, counts = cnn(x, lengths)
+    for row, length, own, count in zip(x, lengths, steps, counts, strict=True):
+        expected = alone(cnn, row, int(length))
+        assert len(expected) == count
+        torch.testing.assert_close(own[:count], expected)
+        assert not own[count:].any()
+
+
+def test_an_lstm_in_both_directions_is_torchs_on_packed_rows():
+    torch.manual_seed(0)
+    ours, packed = acoustic.BiLstm(6, 4), nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+    own = ours.onward.state_dict() | {
+        f"{name}_reverse": value for name, value in ours.back.state_dict().items()
+    }
+    packed.load_state_dict(own)
+    x, lengths = torch.randn(4, 7, 6), torch.tensor([7, 3, 1, 5])
+    rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    expected, _ = pad_packed_sequence(packed(rows)[0], batch_first=True)
+    torch.testing.assert_close(ours(x, lengths), expected)
