@@ -4,8 +4,8 @@ An item is a clip's log-mels. Training and its validation hear every clip as it 
 copies (`Noise`), each of which is an item with the clip's label and uid; predictions hear clips as
 they are. Mel bands are standardised by the training clips, copies included.
 
-A run keeps in `adapter/` the weights with their statistics, and `facts.json`, which says after
-training what `facts` says before: what was heard, and the fusion weights that ILT learned.
+A run keeps in `adapter/` the weights with their statistics, and in `learned.json` the fusion
+weights that ILT ended with.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Method = IltMethod | CatMethod
 
-WEIGHTS, FACTS = "network.safetensors", "facts.json"
+WEIGHTS, LEARNED = "network.safetensors", "learned.json"
 
 CLIPS_PER_PASS = 64
 """Of the pass that features come from."""
@@ -103,20 +103,23 @@ class SpeechClassifier(Classifier):
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the weights with their statistics, and the facts."""
+        """Write the weights with their statistics, and what can be read off them."""
         save_weights(folder / WEIGHTS, self.model)
-        runs.write_json(folder / FACTS, self.facts())
+        runs.write_json(folder / LEARNED, self.learned())
+
+    def learned(self) -> dict[str, Any]:
+        """Return the shares of LSTM and transformer, where a sum of both is what is classified."""
+        shares = self.model.fusion_weights() if isinstance(self.model, Ilt) else None
+        if shares is None:
+            return {}
+        return {"fusion_weights": {"lstm": shares[0], "transformer": shares[1]}}
 
     def facts(self) -> dict[str, Any]:
-        """Return the clips of each split that was heard, and the shares of LSTM and transformer."""
-        found: dict[str, Any] = {
+        """Return the structure, and the clips of each split that was heard."""
+        return {
             "structure": self.method.network.structure,
             "heard": {split: dict(counts) for split, counts in self._heard.items()},
         }
-        shares = self.model.fusion_weights() if isinstance(self.model, Ilt) else None
-        if shares is not None:
-            found["fusion_weights"] = {"lstm": shares[0], "transformer": shares[1]}
-        return found
 
     def encode(self, rows: Sequence[Row], split: Split) -> Encoding:
         """Return what the last layer reads (N, D), and class probabilities (N, C), of clean clips.

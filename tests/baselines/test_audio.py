@@ -229,3 +229,19 @@ def test_clips_of_emodb_are_speech_of_a_few_seconds(shared_data):
         assert 100 < len(features) <= 750
         assert features.isfinite().all()
         assert features.max() > -20  # somebody speaks
+
+
+@pytest.mark.parametrize("samples", [1, 159, 4_000, 24_321, 119_999])
+def test_frames_are_those_of_the_clip_padded_to_7_5_seconds(samples):
+    waveform = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
+    whole = audio.log_mel(np.pad(waveform, (0, audio.SAMPLES - samples)))
+    frames = audio.frame_count(samples)
+    torch.testing.assert_close(audio.log_mel(waveform), whole[:frames])
+    assert (whole[frames:] == audio.FLOOR_DB).all()
+
+
+def test_the_last_frame_hears_to_the_end():
+    click = np.zeros(audio.SAMPLES, np.float32)
+    click[-100] = 1
+    assert (audio.log_mel(click)[-1] > audio.FLOOR_DB).all()
+    assert (audio.log_mel(click)[:-2] == audio.FLOOR_DB).all()

@@ -42,7 +42,7 @@ def below(root, tmp_path_factory):
     """Finished runs that read and hear; to be read, never written."""
     folder = tmp_path_factory.mktemp("below")
     (folder / "words").mkdir()
-    words = test_encoder.save(folder / "words")
+    words = test_encoder.save(folder / "words", "deberta-v2")
     head = "method.head={max_length: 12, dropout: 0.0}"
     train(root, "emodb/text_encoder", folder / "text", f"method.name={words}", head).ok()
     for kind in ("ilt", "cat"):

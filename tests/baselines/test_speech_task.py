@@ -176,11 +176,11 @@ def test_ilt_tells_the_weights_that_it_learned(root, tmp_path):
     experiment = prepared(root)
     classifier = trained(created(experiment), experiment.rows("train"), steps=5)
     classifier.save(tmp_path)
-    shares = json.loads((tmp_path / speech_task.FACTS).read_text())["fusion_weights"]
-    assert shares == classifier.facts()["fusion_weights"]
+    shares = json.loads((tmp_path / speech_task.LEARNED).read_text())["fusion_weights"]
+    assert shares == classifier.learned()["fusion_weights"]
     assert shares["lstm"] + shares["transformer"] == pytest.approx(1)
     assert shares["lstm"] != 0.5
-    assert "fusion_weights" not in created(prepared(root, "cat")).facts()
+    assert created(prepared(root, "cat")).learned() == {}
 
 
 def test_a_row_without_sound_and_sizes_that_do_not_fit_are_told(root, tmp_path):
