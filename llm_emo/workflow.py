@@ -36,7 +36,12 @@ class Progress(TrainerCallback):
     and how many the trie saved.
     """
 
-    def __init__(self, log: Path, counts: Any, idle: Callable[[nn.Module], list[str]]) -> None:
+    def __init__(
+        self,
+        log: Path,
+        counts: Any,
+        idle: Callable[[nn.Module], list[str]] = methods.untrained,
+    ) -> None:
         self.log, self.counts, self.find_idle = log, counts, idle
         self.idle: list[str] = []
         self.bar: Any = None

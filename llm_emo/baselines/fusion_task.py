@@ -80,7 +80,7 @@ class FusionClassifier(Classifier):
         save_weights(folder / WEIGHTS, self.model)
         runs.write_json(folder / SIZES, {"inputs": self.model.inputs})
         for name, run in self.opened.items():
-            nested.keep(run, folder / name)
+            nested.keep(run.run.adapter, run.experiment.recipe.method, folder / name)
 
     def facts(self) -> dict[str, Any]:
         """Return the runs below and the size of what they say of a row."""

@@ -18,15 +18,19 @@ from llm_emo.errors import ModelError
 from llm_emo.machine import writing
 
 if TYPE_CHECKING:
-    from llm_emo.baselines.opening import Opened
     from llm_emo.experiment import BaselineExperiment
 
 METHOD = "method.json"
 """The section `method` of the recipe that the run was trained by."""
 
 
-def keep(opened: "Opened", folder: Path) -> None:
+def keep(source: Path, method: kinds.Kind, folder: Path) -> None:
     """Put what a finished run has learned into `folder`, which is made; linked where that works.
+
+    Args:
+        source: the run's adapter folder.
+        method: the section `method` of its recipe.
+        folder: where it goes; what lies there is removed.
 
     Raises:
         JobFailed: the disk is full or cannot be written.
@@ -34,9 +38,11 @@ def keep(opened: "Opened", folder: Path) -> None:
     with writing(folder, "make room, or name another folder"):
         if folder.exists():
             shutil.rmtree(folder)
-        shutil.copytree(opened.run.adapter, folder, copy_function=_linked)
-        method = opened.experiment.recipe.method.model_dump_json(indent=2)
-        (folder / METHOD).write_text(method + "\n", "utf-8")
+        shutil.copytree(source, folder, copy_function=_linked)
+        # Replaced, not written: where `source` has one, it is the same file under two names.
+        partial = folder / f".{METHOD}.tmp"
+        partial.write_text(method.model_dump_json(indent=2) + "\n", "utf-8")
+        partial.replace(folder / METHOD)
 
 
 def _linked(source: str, target: str) -> None:

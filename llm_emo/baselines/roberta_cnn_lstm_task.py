@@ -9,8 +9,6 @@ What is saved holds the encoder's files too, as hard links where the disk allows
 working when the encoder's run is moved or trained anew, and can be exported.
 """
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from llm_emo import runs
-from llm_emo.baselines import encoder_task, opening, roberta_cnn_lstm
+from llm_emo.baselines import nested, opening, roberta_cnn_lstm
 from llm_emo.baselines.classifier import IGNORED, Classifier, Item
 from llm_emo.baselines.dialogues import Dialogue, dialogues
 from llm_emo.baselines.encoder import width
 from llm_emo.baselines.encoder_task import EncoderClassifier
-from llm_emo.baselines.kinds import Encoder, RobertaCnnLstm
+from llm_emo.baselines.kinds import RobertaCnnLstm
 from llm_emo.baselines.storage import load_weights, save_weights
-from llm_emo.errors import ModelError, RecipeError
+from llm_emo.errors import RecipeError
 from llm_emo.experiment import BaselineExperiment
-from llm_emo.machine import writing
 from llm_emo.types import Row, Split
 
-WEIGHTS, ENCODER, METHOD = "classifier.safetensors", "encoder", "method.json"
+WEIGHTS, ENCODER = "classifier.safetensors", "encoder"
 
 UNSCORED = ""
 """The gold label of a turn that is only read; features do not depend on it."""
@@ -109,11 +106,7 @@ class DialogueClassifier(Classifier):
     def save(self, folder: Path) -> None:
         """Write the weights, and take the encoder along."""
         save_weights(folder / WEIGHTS, self.model)
-        own = folder / ENCODER
-        with writing(own, "make room, or name another folder"):
-            shutil.rmtree(own, ignore_errors=True)
-            shutil.copytree(self.source, own, copy_function=_link)
-        runs.write_json(own / METHOD, self.encoder.method.model_dump(mode="json"))
+        nested.keep(self.source, self.encoder.method, folder / ENCODER)
 
     def facts(self) -> dict[str, Any]:
         """Return the encoder, and of each split read its dialogues, turns and features' time."""
@@ -154,25 +147,12 @@ def load(
         ModelError: a file is absent, damaged, or of other settings.
     """
     source = folder / ENCODER
-    try:
-        below = Encoder.model_validate_json((source / METHOD).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source / METHOD}: cannot be read; the run is damaged: train it again"
-        ) from error
-    encoder = encoder_task.load(below, experiment, source)
+    encoder = nested.read(source, experiment)
+    assert isinstance(encoder, EncoderClassifier)
     with torch.random.fork_rng(devices=[]):  # as there
         made = _network(method, encoder)
     load_weights(folder / WEIGHTS, made)
     return DialogueClassifier(experiment.labels.names, made.eval(), encoder, source)
-
-
-def _link(source: str, target: str) -> None:
-    """Let two names stand for one file; copy it where the disk cannot."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _network(method: RobertaCnnLstm, encoder: EncoderClassifier) -> roberta_cnn_lstm.RobertaCnnLstm:
