@@ -250,6 +250,14 @@ def grid(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the runs, one below it for each grid.")
     ] = Path("runs/grids"),
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Only these seeds, such as 0,1.", show_default="the grid's"),
+    ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(help="Only these folds, such as 0,1.", show_default="the grid's"),
+    ] = None,
     data_root: DataRoot = None,
     json_: Json = False,
 ) -> None:
@@ -262,7 +270,11 @@ def grid(
     from llm_emo.experiment import data_root as resolve
 
     loaded = [grids.load(name) for name in table]
-    made = [grids.run(found, output / name, resolve(data_root)) for name, found in loaded]
+    chosen = [
+        (name, found.only(seeds=_numbers("--seeds", seeds), folds=_numbers("--folds", folds)))
+        for name, found in loaded
+    ]
+    made = [grids.run(found, output / name, resolve(data_root)) for name, found in chosen]
     _print({"grids": made}, json_, "show_grids")
 
 
@@ -427,6 +439,15 @@ def convert(
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RunError(f"{option}: {value!r} is not known; {nearest(value, known)}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RunError(f"{option}: found {text!r}; expected numbers, such as 0,1") from None
 
 
 def _warn(text: str | None) -> None:

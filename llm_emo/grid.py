@@ -72,6 +72,27 @@ class Grid(Section):
             before.append(name)
         return self
 
+    def only(
+        self, *, seeds: tuple[int, ...] | None = None, folds: tuple[int, ...] | None = None
+    ) -> "Grid":
+        """Return the grid with some of its seeds and folds.
+
+        Raises:
+            RunError: it has no such seed or fold.
+        """
+        chosen: dict[str, tuple[int, ...]] = {}
+        for name, wanted in (("seeds", seeds), ("folds", folds)):
+            known = getattr(self, name) or ()
+            if wanted is None:
+                continue
+            if foreign := sorted(set(wanted) - set(known)):
+                raise RunError(
+                    f"--{name}: the grid {self.title!r} has no "
+                    f"{', '.join(map(str, foreign))} (known: {', '.join(map(str, known)) or '-'})"
+                )
+            chosen[name] = wanted
+        return self.model_copy(update=chosen)
+
 
 def names() -> tuple[str, ...]:
     """Return the shipped grids, sorted."""
@@ -268,11 +289,18 @@ def _summary(grid: Grid, own: Sequence[_Done]) -> dict[str, Any]:
         "seconds_per_epoch": statistics.fmean(seconds) if seconds else None,
         "examples_per_second": statistics.fmean(rates) if rates else None,
         "peak_memory_bytes": max(memory, default=None),
+        "fusion_weights": _mean(list(_recorded(own, "fusion_weights"))),
     }
 
 
 def _recorded(own: Sequence[_Done], key: str) -> Iterator[Any]:
     return (value for done in own if (value := done.training.get(key)) is not None)
+
+
+def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    if not found:
+        return None
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
 
 
 def _value(report: Mapping[str, Any], name: str) -> float:

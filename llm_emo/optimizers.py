@@ -8,6 +8,8 @@ from torch import nn
 from llm_emo.recipes import Train
 
 MOMENTUM = 0.9
+ADAM = (0.9, 0.999)
+"""Decay rates of Adam's averages, torch's and transformers' own."""
 
 
 def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -22,7 +24,8 @@ def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimi
     rate, decay = train.learning_rate, train.weight_decay
     match train.optimizer:
         case "adam":
-            return torch.optim.Adam(learning, lr=rate, weight_decay=decay)
+            betas = train.betas or ADAM
+            return torch.optim.Adam(learning, lr=rate, weight_decay=decay, betas=betas)
         case "sgd":
             return torch.optim.SGD(learning, lr=rate, weight_decay=decay)
         case "sgd_momentum":

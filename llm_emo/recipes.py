@@ -249,6 +249,9 @@ class Full(Section):
 Method = Annotated[Lora | PTuningV2 | ZeroShot | Full, Field(discriminator="kind")]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Train(Section):
     """How the adapter is trained: AdamW on the answer tokens only."""
 
@@ -272,6 +275,8 @@ class Train(Section):
     """Course of the learning rate after the warm-up: to zero, or kept."""
     optimizer: Literal["adamw", "adam", "sgd", "sgd_momentum", "adadelta"] = "adamw"
     """The optimiser; momentum is 0.9. Only `adamw` decays weights apart from the gradient."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
+    """Decay rates of the two averages of `adamw` and `adam`; without it 0.9 and 0.999."""
     warmup_ratio: float = Field(ge=0, lt=1)
     """Share of all steps over which the learning rate rises from zero."""
     max_grad_norm: float = Field(gt=0)
@@ -284,6 +289,16 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, more time, the same result."""
     imbalance: Imbalance | None = None
     """What is done about rare classes; without it, every row counts the same."""
+
+    @model_validator(mode="after")
+    def _betas_belong_to_adam(self) -> Self:
+        if self.betas is not None and not self.optimizer.startswith("adam"):
+            raise conflict(
+                f"'train.betas': {self.optimizer} has none; remove it, or take adamw or adam",
+                "train.betas",
+                "train.optimizer",
+            )
+        return self
 
 
 class Inference(Section):

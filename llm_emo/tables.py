@@ -136,6 +136,10 @@ def show_grids(result: dict[str, Any]) -> None:
                 "" if rate is None else f"{rate:.0f}",
             )
         console.print(table)
+        for cell in grid["cells"]:
+            if cell["fusion_weights"]:
+                shares = (f"{name} {share:.2f}" for name, share in cell["fusion_weights"].items())
+                console.print(f"{escape(cell['cell'])}: weights of the sum: {', '.join(shares)}")
 
 
 def _with_interval(found: dict[str, Any], even: bool) -> str:

@@ -34,6 +34,7 @@ from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
 from llm_emo.machine import say
 from llm_emo.methods import untrained
+from llm_emo.optimizers import ADAM
 from llm_emo.recipes import Train
 from llm_emo.steps import sequence
 from llm_emo.trie import TokenTrie, node_logits
@@ -96,7 +97,11 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     logits = node_logits(model, batch["trie"], batch["nodes"]).float()  # (K, V)
     where, labels = batch["where"].to(logits.device), batch["labels"].to(logits.device)
-    return nn.functional.cross_entropy(logits[where], labels, reduction="sum", ignore_index=IGNORED)
+    real = labels != IGNORED
+    # Normalised once a node, and of the words only those asked for are read: a row of the
+    # vocabulary for every token would be copied several times, forward and backward.
+    losses = logits.logsumexp(-1)[where] - logits[where, labels.where(real, 0)]  # (T,)
+    return losses.where(real, 0).sum()
 
 
 class Size(NamedTuple):
@@ -397,6 +402,8 @@ def training_arguments(folder: Path, train: Train, *, seed: int, metric: str) ->
         warmup_steps=train.warmup_ratio,  # a float below 1 is a share of all steps
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch",
+        adam_beta1=(train.betas or ADAM)[0],
+        adam_beta2=(train.betas or ADAM)[1],
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_strategy="steps",

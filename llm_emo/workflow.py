@@ -130,6 +130,8 @@ class Job:
     """Writes what was learned, into a folder that it makes."""
     facts: Mapping[str, Any]
     """What the run folder says of model and rows."""
+    learned: Callable[[], Mapping[str, Any]] = dict
+    """Gives what it says of the trained parameters."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def _summary(trainer: training.EmoTrainer, job: Job) -> dict[str, Any]:
         "best_step": state.best_global_step,
         "best_dev": {trainer.args.metric_for_best_model: state.best_metric},
         **job.facts,
+        **job.learned(),
         **trainer.counts(),
         "seconds_per_epoch": trainer.totals["seconds"] / epochs if epochs else None,
         "peak_memory_bytes": peak_memory(),

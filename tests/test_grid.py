@@ -111,3 +111,14 @@ def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_
 
 def test_an_unknown_grid_names_the_nearest():
     program.call("grid", "mastodn").refused("mastodn", "no such file or shipped grid")
+
+
+def test_some_seeds_of_a_grid_can_be_run_and_the_others_later(file):
+    [some] = json.loads(run(file, "--seeds", "1", "--json").ok().out)["grids"]
+    [whole] = json.loads(run(file, "--json").ok().out)["grids"]
+    for one, both in zip(some["cells"], whole["cells"], strict=True):
+        accuracy = both["metrics"]["accuracy"]["values"]
+        assert one["metrics"]["accuracy"]["values"] == accuracy[1:]
+    run(file, "--seeds", "1,5").refused("--seeds", "5", "known: 0, 1")
+    run(file, "--folds", "0").refused("--folds", "known: -")
+    run(file, "--seeds", "one").refused("--seeds", "one")

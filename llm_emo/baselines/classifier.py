@@ -82,6 +82,10 @@ class Classifier(ABC):
         """Return what `check` and the run folder say of it beside its parameters."""
         return {}
 
+    def learned(self) -> dict[str, Any]:
+        """Return what of the trained parameters people want to read."""
+        return {}
+
     def encode(self, rows: Sequence[Row], split: Split) -> Encoding:
         """Return features and scores of rows, in their order, for a network on top of this one.
 

@@ -143,7 +143,13 @@ def prepare(experiment: BaselineExperiment, settings: recipes.Train) -> Job:
         Classes(classifier, option, counts, items[0]),
         _Dev(experiment, classifier, dev).measure,
         keep,
-        {"dtype": "float32", "training_labels": counts.tolist(), **classifier.facts()},
+        {
+            "dtype": "float32",
+            "training_rows": len(experiment.rows("train")),
+            "training_labels": counts.tolist(),
+            **classifier.facts(),
+        },
+        classifier.learned,
     )
 
 

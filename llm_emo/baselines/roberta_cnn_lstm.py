@@ -30,8 +30,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 
+from llm_emo.baselines.acoustic import BiLstm, within
 from llm_emo.baselines.settings import RobertaCnnLstmSettings
 
 WIDTH, STRIDE = 3, 2
@@ -94,21 +95,23 @@ class Branches(nn.Module):
 
     def __init__(self, inputs: int, units: int) -> None:
         super().__init__()
-        self.long = nn.LSTM(inputs, units, num_layers=2, batch_first=True, bidirectional=True)
+        self.long = nn.ModuleList((BiLstm(inputs, units), BiLstm(2 * units, units)))
         self.convolution = nn.Conv1d(inputs, units, WIDTH, STRIDE, padding=WIDTH // 2)
         self.norm = MaskedBatchNorm(units)
-        self.local = nn.LSTM(units, units, batch_first=True, bidirectional=True)
+        self.local = BiLstm(units, units)
 
     def forward(self, turns: Tensor, lengths: Tensor) -> Tensor:
         """Return both branches' vectors of every turn; `lengths` as in `RobertaCnnLstm`."""
         time = turns.shape[1]
         turns = turns.masked_fill(turns_beyond(lengths, time)[..., None], 0)
-        far = _lstm(self.long, turns, lengths)  # (B, T, 2 units)
+        far = turns
+        for layer in self.long:
+            far = layer(far, lengths)  # (B, T, 2 units)
 
         windows = (lengths + STRIDE - 1) // STRIDE  # (B,)
         near = self.convolution(turns.transpose(1, 2)).transpose(1, 2)  # (B, T', units)
         near = self.norm(near, ~turns_beyond(windows, near.shape[1])).relu()
-        near = _lstm(self.local, near, windows)  # (B, T', 2 units)
+        near = self.local(near, windows)  # (B, T', 2 units)
         near = near.repeat_interleave(STRIDE, dim=1)[:, :time]
         return torch.cat([far, near], dim=2)
 
@@ -136,17 +139,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 def turns_beyond(lengths: Tensor, time: int) -> Tensor:
     """Return which of `time` positions are padding, shape (B, time)."""
-    return torch.arange(time, device=lengths.device) >= lengths[:, None]
+    return ~within(lengths, time)
 
 
 def pad(dialogues: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return features of dialogues, each (T_i, D), as (B, T, D), and their lengths, (B,)."""
     lengths = torch.tensor([len(dialogue) for dialogue in dialogues])
     return pad_sequence(list(dialogues), batch_first=True), lengths
-
-
-def _lstm(lstm: nn.LSTM, values: Tensor, lengths: Tensor) -> Tensor:
-    """Return the states of an LSTM that runs over the positions that are there, (B, T, 2 units)."""
-    packed = pack_padded_sequence(values, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    states, _ = pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=values.shape[1])
-    return states

@@ -32,6 +32,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 RATE = "rows_per_second"
+WARM_UP = 2000
+"""Rows before the clock starts: a window, so that shapes and memory pools are what they stay."""
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -128,7 +130,7 @@ def measure(given: argparse.Namespace) -> Result:
         save_model(folder)
         experiment = experiment_of(folder, given.mode)
         labeller = open_labeller(experiment)
-        for _ in labeller.predict(examples(experiment, 200, given.seed)):
+        for _ in labeller.predict(examples(experiment, WARM_UP, given.seed)):
             pass  # for warming up
         harness.forget_peak()
         before = harness.peak_memory()
