@@ -61,6 +61,14 @@ class Grid(Section):
         for name in self.metrics:
             if not name.startswith(CLASS) and name not in PARTS:
                 raise ValueError(f"metrics: no metric {name!r}; {nearest(name, PARTS)}")
+        for name in ("seeds", "folds"):
+            numbers = getattr(self, name) or ()
+            if len(set(numbers)) < len(numbers):
+                raise ValueError(f"{name}: found one twice: {', '.join(map(str, numbers))}")
+        slugs = [_slug(name) for name in self.cells]
+        if len(set(slugs)) < len(slugs):
+            twice = next(slug for slug in slugs if slugs.count(slug) > 1)
+            raise ValueError(f"cells: two names have one folder, {twice!r}; rename one")
         before: list[str] = []
         for name, cell in self.cells.items():
             for below in filter(None, map(_below, cell.set)):
@@ -90,6 +98,8 @@ class Grid(Section):
                     f"--{name}: the grid {self.title!r} has no "
                     f"{', '.join(map(str, foreign))} (known: {', '.join(map(str, known)) or '-'})"
                 )
+            if len(set(wanted)) < len(wanted):
+                raise RunError(f"--{name}: names one twice")
             chosen[name] = wanted
         return self.model_copy(update=chosen)
 
@@ -160,9 +170,12 @@ def _filled(override: str, runs_of: Mapping[str, Path]) -> str:
     return override if below is None else f"{override.partition('=')[0]}={runs_of[below]}"
 
 
+def _slug(cell: str) -> str:
+    return re.sub(r"[^\w+]+", "-", cell.lower()).strip("-")
+
+
 def _folder(folder: Path, cell: str, seed: int, fold: int | None) -> Path:
-    slug = re.sub(r"[^\w]+", "-", cell.lower()).strip("-")
-    return folder / slug / (f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}")
+    return folder / _slug(cell) / (f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}")
 
 
 def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
@@ -173,6 +186,10 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
         ProtocolError: cells of different protocols.
         EmoError: whatever training and measuring raise.
     """
+    from llm_emo.machine import processes
+
+    if processes().num_processes > 1:
+        raise RunError("grid: runs in one process; start it without `accelerate launch`")
     todo = places(grid, folder)
     # All recipes first: a misspelled last cell must not show after hours.
     loaded = [recipes.load(place.recipe, place.overrides) for place in todo]
@@ -186,6 +203,9 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
     for name, cell in grid.cells.items():
         own = [done for place, done in zip(todo, measured, strict=True) if place.cell == name]
         cells.append({"cell": name, "recipe": cell.recipe, **_summary(grid, own)})
+    unit = cells[0].pop("ci_unit")
+    for cell_ in cells[1:]:
+        cell_.pop("ci_unit")
     rows = {cell["n"] for cell in cells}
     if len(rows) > 1:
         raise RunError(
@@ -199,14 +219,20 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
         "seeds": list(grid.seeds),
         "folds": None if grid.folds is None else list(grid.folds),
         "metrics": list(grid.metrics),
-        "interval": "over seeds" if len(grid.seeds) > 1 else "over dialogues (bootstrap)",
+        "interval": "over seeds" if len(grid.seeds) > 1 else f"over {unit}s (bootstrap)",
         "cells": cells,
         "folder": str(folder),
     }
 
 
 def _require_classes(grid: Grid, recipe: recipes.AnyRecipe) -> None:
-    known = protocols.get(recipe.data.protocol).labels
+    protocol = protocols.get(recipe.data.protocol)
+    known = protocol.labels
+    if "f1" in grid.metrics and not protocol.averaged_over:
+        raise RecipeError(
+            f"metrics: f1: {protocol.name} names no classes to average over; take macro_f1, or the "
+            f"F1 of a class, such as {CLASS}{known[0]}"
+        )
     for name in grid.metrics:
         if name.startswith(CLASS) and name.removeprefix(CLASS) not in known:
             raise RecipeError(f"metrics: {name}: {nearest(name.removeprefix(CLASS), known)}")
@@ -231,9 +257,8 @@ def _measured(grid: Grid, place: Place, root: Path | None, count: str) -> _Done:
     if recipe.method.kind != "zero_shot":
         trained, experiment = _trained(place, root)
     experiment = experiment or opening.from_recipe(place.recipe, list(place.overrides), root)[0]
-    path = runs.predictions_path(place.folder, grid.split)
-    if not path.exists():
-        labelling.predict(experiment, trained, grid.split, place.folder)
+    # What is there already is held against today's recipe, prompt and corpus, and then kept.
+    path = labelling.predict(experiment, trained, grid.split, place.folder)
     header, rows = predictions.read(path)
     record = {} if trained is None else trained.environment["training"]
     return _Done(place, header, rows, experiment.clusters, record)
@@ -284,6 +309,7 @@ def _summary(grid: Grid, own: Sequence[_Done]) -> dict[str, Any]:
     return {
         "method": own[0].header.model,
         "n": reports[0]["n"],
+        "ci_unit": reports[0]["ci_unit"],
         "metrics": found,
         "trainable_parameters": max(parameters, default=0),
         "seconds_per_epoch": statistics.fmean(seconds) if seconds else None,
@@ -309,17 +335,17 @@ def _value(report: Mapping[str, Any], name: str) -> float:
     return float(report[name])
 
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 1 to 9 degrees of freedom."""
-
-
 def _interval(values: Sequence[float], bootstrap: Sequence[float] | None) -> dict[str, Any]:
     """Return the 95 % interval: Student's over seeds, or the bootstrap's of a single one."""
     if len(values) == 1:
         low, high = bootstrap if bootstrap is not None else (None, None)
         return {"low": low, "high": high}
-    freedom = len(values) - 1
-    t = _T[freedom - 1] if freedom <= len(_T) else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t as student  # comes with scikit-learn, and takes a while
+
+    half = (
+        float(student.ppf(0.975, len(values) - 1))
+        * statistics.stdev(values)
+        / math.sqrt(len(values))
+    )
     mean = statistics.fmean(values)
     return {"low": mean - half, "high": mean + half}

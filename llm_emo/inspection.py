@@ -63,7 +63,8 @@ def fit(experiment: Experiment, source: Path) -> dict[str, Any]:
         }
     if experiment.splits.train and experiment.splits.test:
         result["test_texts_in_train"] = len(leaks(experiment.splits.train, experiment.splits.test))
-    if known is None and place is not None:
+    # Asked again: a folder that was rewritten meanwhile must not keep what it was.
+    if known is None and place is not None and _place(experiment) == place:
         facts.keep(place, shape, encoder)
     return result
 

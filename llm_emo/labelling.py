@@ -186,9 +186,11 @@ class _Baseline:
     def __init__(self, experiment: BaselineExperiment, run: runs.Run, split: Split) -> None:
         from llm_emo.baselines import opening
 
-        processes()
         self.experiment, self.split = experiment, split
         self.model = opening.load(experiment, run.adapter)
+        network = getattr(self.model, "model", None)
+        if isinstance(network, nn.Module):  # the floor has none
+            network.to(processes().device)
 
     @property
     def shown(self) -> str:

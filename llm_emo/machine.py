@@ -37,8 +37,8 @@ def peak_memory() -> int | None:
     Of the GPU where there is one, else of the process, all that was loaded before included; None
     where the system does not tell.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return held
     try:
         import resource  # not on Windows
     except ImportError:

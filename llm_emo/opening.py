@@ -70,9 +70,14 @@ def predicted(
         AdapterError: the adapter cannot be read, or no recipe could state it.
     """
     changes = [*overrides, *([] if mode is None else [f"inference.mode={mode}"])]
-    what = Path(source) / "recipe.yaml" if runs.is_run(Path(source)) else source
-    if mode is not None and isinstance(recipes.load(str(what)), recipes.BaselineRecipe):
-        raise RunError(f"--mode: {source} is a specialised model, which neither scores nor writes")
+    if mode is not None:
+        begun = runs.is_run(Path(source))
+        what = str(Path(source) / "recipe.yaml") if begun else source
+        before = [*runs.Run(Path(source)).overrides, *overrides] if begun else overrides
+        if isinstance(recipes.load(what, before), recipes.BaselineRecipe):
+            raise RunError(
+                f"--mode: {source} is a specialised model, which neither scores nor writes"
+            )
     run = None
     if adapter is not None and (Path(source).is_dir() or output is None):
         raise RunError(

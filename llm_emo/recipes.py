@@ -26,7 +26,7 @@ from ruamel.yaml.error import YAMLError
 
 from llm_emo import resources
 from llm_emo.baselines import kinds
-from llm_emo.baselines.settings import Imbalance, Resampling
+from llm_emo.baselines.settings import Imbalance, LogitAdjustment, Resampling
 from llm_emo.errors import EmoError, RecipeError, nearest
 from llm_emo.sections import Section
 from llm_emo.validation import Key, Problem, conflict, found_text, problems
@@ -253,12 +253,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Train(Section):
-    """How the adapter is trained: AdamW on the answer tokens only."""
+    """How a model is trained: an LLM on its answer tokens only, a specialised model on its rows."""
 
     epochs: int = Field(ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(ge=1)
-    """Rows per optimiser step, over all devices and passes together."""
+    """Rows per optimiser step, over all devices and passes together; dialogues where a specialised
+    model reads whole ones."""
     batch_by: Literal["row", "dialogue"] = "row"
     """What a step is filled with: single rows, or dialogues, whose turns then share their history
     in one pass. A dialogue that a step has no room for is cut between two turns."""
@@ -270,7 +271,7 @@ class Train(Section):
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate."""
     weight_decay: float = Field(ge=0, lt=1)
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; of the other optimisers, an L2 penalty."""
     schedule: Literal["linear", "cosine", "constant"]
     """Course of the learning rate after the warm-up: to zero, or kept."""
     optimizer: Literal["adamw", "adam", "sgd", "sgd_momentum", "adadelta"] = "adamw"
@@ -342,6 +343,17 @@ class Recipe(_Common):
             raise conflict(f"missing section 'train': method {kind} needs it", "train", "method")
         if (
             self.train
+            and self.train.tokens_per_pass is not None
+            and isinstance(self.train.imbalance, LogitAdjustment)
+        ):
+            raise conflict(
+                "'train.tokens_per_pass': counts one answer a row, and logit_adjustment puts all "
+                "labels under every prompt; remove it and lower 'train.micro_batch_size'",
+                "train.tokens_per_pass",
+                "train.imbalance.kind",
+            )
+        if (
+            self.train
             and self.train.batch_by == "dialogue"
             and isinstance(self.train.imbalance, Resampling)
         ):
@@ -384,7 +396,11 @@ class BaselineRecipe(_Common):
             )
         if train is None:
             return self
-        for key, unused in (("tokens_per_pass", None), ("batch_by", "row")):
+        for key, unused in (
+            ("tokens_per_pass", None),
+            ("batch_by", "row"),
+            ("gradient_checkpointing", False),
+        ):
             if getattr(train, key) != unused:
                 raise conflict(
                     f"'train.{key}': belongs to LLMs; method {method.kind} has no use for it",

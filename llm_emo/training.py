@@ -219,7 +219,7 @@ class EmoTrainer(Trainer):
         )
         # It would print every log entry on stdout, where results belong.
         self.remove_callback(PrinterCallback)
-        # The loss below is divided by the whole step's answer tokens already.
+        # The loss below is divided by the whole step's targets already.
         self.loss_is_scaled_for_ga = True
 
     def _collate(self, passes: Sequence[Sequence[Any]]) -> list[Batch]:
@@ -257,6 +257,8 @@ class EmoTrainer(Trainer):
             last = number == len(inputs)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss += super().training_step(model, batch, num_items_in_batch)
+        if loss.is_cuda:  # the last kernels are only queued
+            torch.cuda.synchronize(loss.device)
         self.totals["seconds"] += time.perf_counter() - started
         return loss
 

@@ -75,6 +75,9 @@ def test_a_changed_cell_is_not_taken_from_the_old_run(file):
         ("features.strength=5.0", "features.strenth=5.0", ["did you mean 'strength'"]),
         ('"method.features.strength=5.0"', '"method.encoder_run=@linear"', ["no cell above it"]),
         ("mastodon/majority", "vader/majority", ["mastodon3", "vader"]),
+        ("accuracy,", "f1,", ["names no classes to average over"]),
+        ("[0, 1]", "[0, 0]", ["seeds", "twice"]),
+        ('"linear":', '"Majority!":', ["two names have one folder"]),
     ],
 )
 def test_what_is_wrong_in_a_grid_is_told_before_anything_is_trained(file, old, new, pieces):

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llm_emo import protocols, runs
-from llm_emo.baselines import opening
+from llm_emo.baselines import kinds, opening
 from llm_emo.errors import ModelError
 from llm_emo.experiment import BaselineExperiment
 from llm_emo.folders import appearing
@@ -59,10 +59,13 @@ class Exported:
 
     names: tuple[str, ...]
     model: opening.Predictor
+    reads: bool
     hears: bool
 
-    def label(self, inputs: Sequence[str | Path], *, dialogue: bool = False) -> list[Labelled]:
-        """Label texts (or paths of sound files), in their order.
+    def label(
+        self, inputs: Sequence[str | Path | tuple[str, Path | str]], *, dialogue: bool = False
+    ) -> list[Labelled]:
+        """Label texts, paths of sound files, or pairs of both, as the model takes them, in order.
 
         Args:
             inputs: N of them.
@@ -70,13 +73,14 @@ class Exported:
         """
         said: list[Utterance] = []
         for number, given in enumerate(inputs):
+            text, sound = given if isinstance(given, tuple) else (given, given)
             said.append(
                 Utterance(
                     uid=str(number),
-                    text="" if self.hears else str(given),
+                    text=str(text) if self.reads else "",
                     dialogue="given" if dialogue else None,
                     turn=number if dialogue else None,
-                    audio=str(given) if self.hears else None,
+                    audio=str(sound) if self.hears else None,
                 )
             )
         rows = [
@@ -116,13 +120,24 @@ def load(folder: Path | str) -> Exported:
         files={},
         recipe=recipe,
     )
-    return Exported(names, opening.load(experiment, folder / MODEL), recipe.method.hears)
+    reads, hears = _senses(recipe.method)
+    return Exported(names, opening.load(experiment, folder / MODEL), reads, hears)
+
+
+def _senses(method: kinds.Kind) -> tuple[bool, bool]:
+    """Return whether a method reads and whether it hears."""
+    if isinstance(method, kinds.Fusion):
+        return method.text_run is not None, method.audio_run is not None
+    return not method.hears, method.hears
 
 
 def _card(experiment: BaselineExperiment, run: runs.Run) -> str:
     recipe, training = experiment.recipe, run.environment.get("training", {})
     shown = ", ".join(f"dev {name} {value:.4f}" for name, value in training["best_dev"].items())
-    what = "paths of sound files" if recipe.method.hears else '"what a day!"'
+    reads, hears = _senses(recipe.method)
+    what = (
+        '"what a day!"' if not hears else '("what a day!", "clip.wav")' if reads else '"clip.wav"'
+    )
     return f"""# {recipe.method.kind} for {experiment.protocol.name}
 
 A specialised model of llm_emo, trained on {experiment.protocol.dataset}

@@ -53,6 +53,10 @@ class AudioClassifier(nn.Module):
     def __init__(self, model: PreTrainedModel, classes: int, dropout: float) -> None:
         super().__init__()
         self.encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        # Wav2Vec2's vector for masked frames: nothing is masked here, so it gets no gradient, for
+        # which processes would wait.
+        if (unused := getattr(self.encoder, "masked_spec_embed", None)) is not None:
+            unused.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(model.config.hidden_size, classes)
 

@@ -99,8 +99,6 @@ class ClassifierSettings(Section):
 
     dropout: Dropout = 0.1
     """On an utterance's features, as a probability."""
-    max_tokens: Size = 128
-    """Tokens of a text; what is longer loses its end."""
     max_samples: Size = 54_622
     """Samples of a clip at 16 kHz: 3.4 s, a tenth of IEMOCAP's longest clip, as in the paper."""
 

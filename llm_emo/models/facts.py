@@ -232,6 +232,8 @@ def _content(encoder: Encoder, system: str | None) -> dict[str, Any] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return None
+    if "strftime_now" in str(tokenizer.chat_template):  # it shows the day, which no key holds
+        return None
     content = {
         "backend": backend.to_str(),
         "chat_template": tokenizer.chat_template,

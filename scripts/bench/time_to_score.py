@@ -95,13 +95,13 @@ def measure(given: argparse.Namespace) -> Result:
     from llm_emo.errors import JobFailed, RecipeError
     from llm_emo.experiment import dialogues_of
 
-    recipe = recipes.load(given.recipe, given.overrides)
+    recipe = recipes.load_llm(given.recipe, given.overrides)
     if recipe.train is None:
         raise RecipeError(f"{given.recipe}: trains nothing; take a recipe with a method that does")
     epochs = recipe.train.epochs
     size = recipe.train.batch_size
     whole = [f"train.micro_batch_size={size}", "train.epochs=1"]
-    settings = recipes.load(given.recipe, [*given.overrides, *whole]).train
+    settings = recipes.load_llm(given.recipe, [*given.overrides, *whole]).train
     labeller = harness.opened(given, recipe)
     experiment = labeller.experiment
     dev = experiment.examples("dev")

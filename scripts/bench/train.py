@@ -87,12 +87,19 @@ def recipe_of(given: argparse.Namespace) -> Any:
     if given.by:
         fixed.append(f"train.batch_by={given.by}")
     dtype = ("model.dtype=float32",) if given.check else ()
-    recipe = recipes.load(given.recipe, [*given.overrides, *sizes, *fixed, *dtype])
+    recipe = recipes.load_llm(given.recipe, [*given.overrides, *sizes, *fixed, *dtype])
     kind = recipe.method.kind
     if kind not in PEERS:
         raise RecipeError(
             f"{given.recipe}: method.kind is {kind}; peers train {' or '.join(PEERS)}, so take a "
             "recipe with one of these"
+        )
+    train = recipe.train
+    if train and (train.optimizer != "adamw" or train.betas or train.imbalance):
+        raise RecipeError(
+            f"{given.recipe}: peers train AdamW at its own rates and without a remedy for rare "
+            "classes; add --set train.optimizer=adamw --set train.betas=null "
+            "--set train.imbalance=null"
         )
     if isinstance(recipe.method, recipes.Lora | recipes.PTuningV2) and recipe.method.dropout:
         raise RecipeError(

@@ -190,6 +190,8 @@ def test_the_dialogue_network_builds_on_a_finished_run_and_stands_without_it(set
         (["evaluate", "mastodon/linear"], ["linear must be trained first"]),
         (["evaluate", "mastodon/linear", "--mode", "score"], ["--mode", "specialised"]),
         (["train", "mastodon/text_cnn", "--set", "train.batch_by=dialogue"], ["batch_by", "LLM"]),
+        (["train", "mastodon/text_cnn", "--set", "train.gradient_checkpointing=true"],
+         ["gradient_checkpointing", "LLM"]),
         (["check", "mastodon/text_cnn", "--set", "method.network.sizes=[0]"], ["sizes"]),
         (["check", "mastodon/text_cnn", "--set", "method.network.size=[3]"],
          ["did you mean 'sizes'"]),

@@ -88,6 +88,11 @@ def test_a_fusion_learns_from_finished_runs_and_needs_them_no_more(below, root, 
     (run / "test.predictions.jsonl").unlink()
     call("predict", run, "--split", "test", "--data-root", root).ok()
     assert probabilities(run) == first
+    call("export", run, "-o", tmp_path / "out").ok()
+    uid = min(first)
+    given = (uid[2:5], root / "emodb" / "wav" / f"{uid}.wav")  # a sentence's code, and its sound
+    (labelled,) = exported.load(tmp_path / "out").label([given])
+    assert labelled.probabilities == pytest.approx(first[uid], abs=1e-5)
 
 
 def test_a_fusion_may_hear_alone(below, root, tmp_path):
@@ -95,6 +100,12 @@ def test_a_fusion_may_hear_alone(below, root, tmp_path):
     train(root, "emodb/fusion_audio_only", run, f"method.audio_run={below / 'cat'}", LAYERS).ok()
     assert (run / "adapter" / "audio").is_dir()
     assert not (run / "adapter" / "text").exists()
+    call("evaluate", run, "--split", "test", "--data-root", root).ok()
+    said = probabilities(run)
+    call("export", run, "-o", tmp_path / "out").ok()
+    wav = root / "emodb" / "wav" / f"{min(said)}.wav"
+    (labelled,) = exported.load(tmp_path / "out").label([wav])
+    assert labelled.probabilities == pytest.approx(said[min(said)], abs=1e-5)
 
 
 @pytest.mark.parametrize(

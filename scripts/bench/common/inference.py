@@ -24,7 +24,7 @@ def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids]]:
     from llm_emo import recipes
 
     dtype = ("model.dtype=float32",) if given.check else ()
-    labeller = harness.opened(given, recipes.load(given.recipe, [*given.overrides, *dtype]))
+    labeller = harness.opened(given, recipes.load_llm(given.recipe, [*given.overrides, *dtype]))
     labeller.model.eval()
     examples = labeller.experiment.examples("test")
     count = min(checked if given.check else given.rows, len(examples))
