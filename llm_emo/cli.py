@@ -164,6 +164,11 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run one small step here and compare.")
     ] = False,
+    texts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also say what labelling so many texts takes, such as 1000000.",
+                     show_default=False),
+    ] = None,
     data_root: DataRoot = None,
     set_: Set = None,
     json_: Json = False,
@@ -179,7 +184,11 @@ def plan(
     experiment, _ = _experiment(recipe, set_, data_root)
     from llm_emo.plan import plan as estimate
 
-    _print(estimate(_llm(experiment, "plan"), gpu_memory=room, measure=measure), json_, "show_plan")
+    _print(
+        estimate(_llm(experiment, "plan"), gpu_memory=room, measure=measure, texts=texts),
+        json_,
+        "show_plan",
+    )
 
 
 @app.command(

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ KERNELS = {
 
 
 def plan(
-    experiment: Experiment, *, gpu_memory: int | None = None, measure: bool = False
+    experiment: Experiment,
+    *,
+    gpu_memory: int | None = None,
+    measure: bool = False,
+    texts: int | None = None,
 ) -> dict[str, Any]:
     """Return what a recipe's run needs, and the fastest way to run it that fits.
 
@@ -45,6 +50,7 @@ def plan(
         experiment: The recipe with its corpus.
         gpu_memory: Bytes of a GPU elsewhere; without it, the plan is for this machine.
         measure: Also run one small training step here, and compare with what is predicted for it.
+        texts: Also say what labelling so many texts takes, like those that are evaluated.
 
     Returns:
         What `llm-emo plan --json` prints; sizes in bytes. `verdict` is one line that says what
@@ -87,6 +93,8 @@ def plan(
     }
     if measure:
         result["measured"] = measured(experiment)
+    if texts is not None:
+        result["labelling"] = _labelling(planner, result["seconds"], texts)
     return result | {"verdict": _verdict(planner, own, best)}
 
 
@@ -241,6 +249,17 @@ def _seconds(planner: Planner, choice: Choice) -> dict[str, float]:
         "products_per_second": rate,
         "share_of_products": PRODUCTS,
         "estimate": choice.operations / rate / PRODUCTS,
+    }
+
+
+def _labelling(planner: Planner, seconds: Mapping[str, float] | None, texts: int) -> dict[str, Any]:
+    """Estimate what labelling takes: linear in the texts, as `scripts/bench/volume.py` measures."""
+    operations = planner.evaluation_operations / len(planner.work.prompts) * texts
+    rate = None if seconds is None else seconds["products_per_second"] * PRODUCTS
+    return {
+        "texts": texts,
+        "operations": operations,
+        "seconds": None if rate is None else operations / rate,
     }
 
 

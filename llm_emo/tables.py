@@ -248,6 +248,13 @@ def _show_run(console: Console, result: dict[str, Any]) -> None:
         rate = seconds["products_per_second"] / 1e12
         time = f"about {_duration(seconds['estimate'])} (an estimate, from {rate:.2g} TFLOP/s here)"
     console.print(f"work: {result['operations']:.2g} floating-point operations; time: {time}")
+    if (labelling := result.get("labelling")) is not None:
+        took = labelling["seconds"]
+        console.print(
+            f"labelling {labelling['texts']:,} texts like those of {evaluation['split']}: "
+            f"{labelling['operations']:.2g} operations; time: "
+            + ("unknown (another machine)" if took is None else f"about {_duration(took)}")
+        )
 
 
 def _duration(seconds: float) -> str:

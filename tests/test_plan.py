@@ -224,6 +224,19 @@ def test_a_recipe_that_trains_nothing_is_planned_for_its_test_split(tiny_folder)
     assert result["operations"] > 0
 
 
+def test_labelling_is_linear_in_the_texts(tiny_folder):
+    given = experiment(tiny_folder, recipe="mastodon/zero_shot")
+    found = [planning.plan(given, texts=texts)["labelling"] for texts in (1000, 1_000_000)]
+    assert [one["texts"] for one in found] == [1000, 1_000_000]
+    assert found[1]["operations"] == pytest.approx(1000 * found[0]["operations"])
+    whole = planning.plan(given)
+    assert "labelling" not in whole
+    own = planning.plan(given, texts=whole["evaluation"]["rows"])["labelling"]
+    assert own["operations"] == pytest.approx(whole["evaluation"]["operations"])
+    assert own["seconds"] > 0
+    assert planning.plan(given, gpu_memory=24 * 2**30, texts=5)["labelling"]["seconds"] is None
+
+
 def test_full_fine_tuning_is_never_quantised_and_pays_for_its_optimiser(tiny_folder):
     result = planning.plan(experiment(tiny_folder, *FULL), gpu_memory=GIB)
     assert {row["quantization"] for row in result["choices"]} == {"none"}
