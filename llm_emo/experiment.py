@@ -38,10 +38,7 @@ class _Prepared:
     labels: LabelSet
     splits: Splits
     files: dict[str, str]
-
-    @property
-    def _settings(self) -> AnyRecipe:
-        raise NotImplementedError
+    recipe: AnyRecipe
 
     def rows(self, split: Split) -> tuple[Row, ...]:
         """Return a split's rows, capped by `data.limit`, in the corpus's order.
@@ -51,11 +48,11 @@ class _Prepared:
         Raises:
             ProtocolError: the split is empty.
         """
-        rows, data = self.splits.get(split), self._settings.data
+        rows, data = self.splits.get(split), self.recipe.data
         limit = getattr(data.limit, split, None) if data.limit else None
         if limit is None or limit >= len(rows):
             return rows
-        kept = random.Random(f"{self._settings.seed}/{split}").sample(range(len(rows)), limit)
+        kept = random.Random(f"{self.recipe.seed}/{split}").sample(range(len(rows)), limit)
         return tuple(rows[index] for index in sorted(kept))
 
     @property
@@ -74,10 +71,6 @@ class Experiment(_Prepared):
 
     recipe: Recipe
     prompt: Prompt
-
-    @property
-    def _settings(self) -> Recipe:
-        return self.recipe
 
     @classmethod
     def prepare(
@@ -131,10 +124,6 @@ class BaselineExperiment(_Prepared):
     """What a specialised model's recipe names, found and fitted together."""
 
     recipe: BaselineRecipe
-
-    @property
-    def _settings(self) -> BaselineRecipe:
-        return self.recipe
 
     @classmethod
     def prepare(cls, recipe: BaselineRecipe, root: Path | None) -> "BaselineExperiment":

@@ -24,7 +24,7 @@ from llm_emo.inference import Ids, generate, score
 from llm_emo.journal import Journal
 from llm_emo.machine import processes, say
 from llm_emo.models import auto
-from llm_emo.predictions import Header, read
+from llm_emo.predictions import Header, Mode, read
 from llm_emo.trie import verify
 from llm_emo.types import Completion, Example, Prediction, Row, Split
 
@@ -317,24 +317,17 @@ def _shared(
 
 def header(experiment: AnyExperiment, trained: runs.Run | Foreign | None, split: Split) -> Header:
     """Return what predictions of this split by this run, adapter or bare model are made under."""
+    model: str
+    mode: Mode
     if isinstance(experiment, BaselineExperiment):
         assert isinstance(trained, runs.Run)
-        return Header(
-            protocol=experiment.protocol.name,
-            dataset=experiment.protocol.dataset,
-            split=split,
-            labels=experiment.labels.names,
-            files=experiment.files,
-            run=trained.id,
-            model=experiment.recipe.method.kind,
-            revision=None,
-            adapter=_folder_sum(trained.adapter),
-            versions=runs.versions(),
-            mode="classify",
-            prompt=None,
-            settings=_settings(experiment.recipe),
-        )
-    recipe, prompt = experiment.recipe, experiment.prompt
+        model, revision, mode, prompt = experiment.recipe.method.kind, None, "classify", None
+        adapter: str | None = _folder_sum(trained.adapter)
+    else:
+        own, text = experiment.recipe, experiment.prompt
+        model, revision, mode = own.model.name, own.model.revision, own.inference.mode
+        prompt = f"{text.name}@{_sha256(text.verbatim)[:12]}"
+        adapter = None if trained is None else _adapter_sum(trained)
     return Header(
         protocol=experiment.protocol.name,
         dataset=experiment.protocol.dataset,
@@ -342,13 +335,13 @@ def header(experiment: AnyExperiment, trained: runs.Run | Foreign | None, split:
         labels=experiment.labels.names,
         files=experiment.files,
         run=trained.id if isinstance(trained, runs.Run) else None,
-        model=recipe.model.name,
-        revision=recipe.model.revision,
-        adapter=None if trained is None else _adapter_sum(trained),
+        model=model,
+        revision=revision,
+        adapter=adapter,
         versions=runs.versions(),
-        mode=recipe.inference.mode,
-        prompt=f"{prompt.name}@{_sha256(prompt.verbatim)[:12]}",
-        settings=_settings(recipe),
+        mode=mode,
+        prompt=prompt,
+        settings=_settings(experiment.recipe),
     )
 
 

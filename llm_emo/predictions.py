@@ -29,6 +29,10 @@ _KEYS = ("uid", "gold", "completion", "label", "outcome", "probabilities")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+Mode = Literal["score", "generate", "classify"]
+"""How labels came about; specialised models classify."""
+
+
 class Header(BaseModel):
     """What made the predictions; predictions under different headers never share a file.
 
@@ -52,7 +56,7 @@ class Header(BaseModel):
     revision: str | None
     adapter: str | None
     versions: dict[str, str]
-    mode: Literal["score", "generate", "classify"]
+    mode: Mode
     prompt: str | None
     settings: str | None = None
 
