@@ -28,7 +28,7 @@ from llm_emo import resources
 from llm_emo.baselines import kinds
 from llm_emo.baselines.settings import Imbalance, LogitAdjustment, Resampling
 from llm_emo.errors import EmoError, RecipeError, nearest
-from llm_emo.sections import Section
+from llm_emo.sections import MOVING_REVISIONS, Section
 from llm_emo.validation import Key, Problem, conflict, found_text, problems
 
 BUNDLED_MODEL = "smollm2-135m"
@@ -37,7 +37,6 @@ BUNDLED_MODEL = "smollm2-135m"
 GRIDS = "grids"
 """The folder beside the recipes that holds tables of them (`llm_emo.grid`)."""
 
-_MOVING_REVISIONS = ("main", "master", "HEAD")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -118,7 +117,7 @@ class Model(Section):
                 f"but 'model.name' is {self.name!r}; remove it",
                 *keys,
             )
-        elif self.revision in _MOVING_REVISIONS:
+        elif self.revision in MOVING_REVISIONS:
             raise conflict(
                 f"'model.revision': {self.revision!r} moves; name a 40-digit commit or a tag",
                 *keys,

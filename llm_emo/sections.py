@@ -10,6 +10,10 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 """A list of YAML, which becomes a tuple, so that a recipe is immutable to the bottom."""
 
 
+MOVING_REVISIONS = ("main", "master", "HEAD")
+"""Names that stand for other weights tomorrow."""
+
+
 class Section(BaseModel):
     """A mapping of a recipe file.
 

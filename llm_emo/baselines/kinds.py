@@ -1,8 +1,8 @@
 """The specialised models as a recipe names them: its section `method`. No torch here."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_emo.baselines.settings import (
     EncoderSettings,
@@ -17,7 +17,8 @@ from llm_emo.baselines.speech_settings import (
     IltSettings,
     Noise,
 )
-from llm_emo.sections import Section
+from llm_emo.sections import MOVING_REVISIONS, Section
+from llm_emo.validation import conflict
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -67,15 +68,27 @@ class TextCnn(_Kind):
     """Occurrences in the training texts below which a word is unknown."""
 
 
-class Encoder(_Kind):
+class _Pretrained(_Kind):
+    name: Name
+    """`minilm-l6` (text, from the Python package index), a local folder, or a Hugging Face id."""
+    revision: Name | None = None
+    """Commit or tag of a Hugging Face id; required for one."""
+
+    @model_validator(mode="after")
+    def _revision_stays(self) -> Self:
+        if self.revision in MOVING_REVISIONS:
+            raise conflict(
+                f"'method.revision': {self.revision!r} moves; name a 40-digit commit or a tag",
+                "method.revision",
+            )
+        return self
+
+
+class Encoder(_Pretrained):
     """A transformers encoder, fine-tuned as a sentence classifier (stage 1 of paper 000)."""
 
     kind: Literal["encoder"]
     """The method."""
-    name: Name
-    """`minilm-l6` (from the Python package index), a local folder, or a Hugging Face id."""
-    revision: Name | None = None
-    """Commit or tag of a Hugging Face id; required for one."""
     pooling: Literal["first", "mean"]
     """What stands for a text: the state of the classification token, as in paper 000, or the mean
     over its tokens, as in paper 002."""
@@ -125,17 +138,13 @@ class Cat(_Kind):
     """Copies of the training and dev clips."""
 
 
-class SpeechEncoder(_Kind):
-    """A transformers speech encoder, fine-tuned (pipeline 1 of paper 002)."""
+class SpeechEncoder(_Pretrained):
+    """A transformers speech encoder (Wav2Vec2, HuBERT, WavLM, Whisper), fine-tuned (paper 002)."""
 
     hears = True
 
     kind: Literal["speech_encoder"]
     """The method."""
-    name: Name
-    """A local folder, or a Hugging Face id: Wav2Vec2, HuBERT, WavLM, Whisper."""
-    revision: Name | None = None
-    """Commit or tag of a Hugging Face id; required for one."""
     head: ClassifierSettings
     """Length of a clip, dropout."""
 

@@ -198,6 +198,7 @@ def test_the_dialogue_network_builds_on_a_finished_run_and_stands_without_it(set
         (["check", "mastodon/text_cnn", "--set", "method.vectors=nowhere.txt"], ["nowhere.txt"]),
         (["check", "mastodon/encoder", "--set", "method.name=nowhere"], ["nowhere"]),
         (["check", "mastodon/linear", "--set", "method={kind: text_cn}"], ["text_cnn"]),
+        (["check", "mastodon/encoder", "--set", "method.revision=main"], ["'main' moves"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_message(arguments, pieces, tmp_path, monkeypatch):
