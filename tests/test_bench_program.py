@@ -52,9 +52,12 @@ def test_a_limit_is_held_against_the_median():
 
 
 @pytest.mark.parametrize("mode", ["score", "generate"])
-def test_every_generated_row_is_labelled_once(mode):
+def test_every_generated_row_is_labelled_once(mode, monkeypatch):
+    monkeypatch.setattr(volume, "TIMED", 50)
     given = volume.arguments(["--side", "30", "--mode", mode])
-    assert volume.measure(given)["rows"] == 30
+    result = volume.measure(given)
+    assert (result["rows"], result["times"]) == (30, 2)
+    assert result["rows"] / result["seconds"] == pytest.approx(result[volume.RATE])
 
 
 def test_generated_texts_are_a_function_of_the_seed():

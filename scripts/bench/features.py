@@ -5,6 +5,9 @@
 The same command, `llm-emo train RECIPE` of the dialogue network, from its start to its end: once
 with a cache that has everything but features, and once more. The encoder is fine-tuned before, on a
 few rows only, because what it has learned takes no time; features are taken of all rows.
+
+What is spared grows with the encoder. `--encoder-of large` takes one of the size that the paper has
+(24 layers, 1024 wide, as RoBERTa-large) with random weights, which cost what trained ones cost.
 """
 
 import argparse
@@ -21,6 +24,15 @@ from common.harness import ROOT, Result
 
 SIDES = ("first", "again")
 
+BUNDLED, LARGE = "bundled", "large"
+LARGE_SIZES = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+"""Of RoBERTa-large (https://arxiv.org/abs/1907.11692, section 4)."""
+
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments; exits with 2 where they are wrong."""
@@ -32,8 +44,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--encoder", default="meld/encoder", help="the encoder's recipe (default: %(default)s)"
     )
+    parser.add_argument(
+        "--encoder-of", choices=(BUNDLED, LARGE), default=BUNDLED,
+        help="size: the recipe's own encoder, or 24 random layers (default: %(default)s)",
+    )  # fmt: skip
     harness.add_common(parser, rounds=2)
     return parser.parse_args(argv)
+
+
+def save_large(folder: Path) -> None:
+    """Write an encoder of RoBERTa-large's size, random, with the bundled one's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from llm_emo.baselines import minilm
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder(), local_files_only=True)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), **LARGE_SIZES)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -70,7 +100,10 @@ def measured(given: argparse.Namespace) -> dict[str, list[Result]]:
     results: dict[str, list[Result]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as name:
         encoder = Path(name) / "encoder"
-        few = ("data.limit={train: 64, dev: 64}", "train.epochs=1")
+        few = ["data.limit={train: 64, dev: 64}", "train.epochs=1"]
+        if given.encoder_of == LARGE:
+            save_large(Path(name) / LARGE)
+            few.append(f"method.name={Path(name) / LARGE}")
         from llm_emo import fetch
 
         trained(given, given.encoder, encoder, fetch.cache_dir(), *few)
@@ -94,10 +127,11 @@ def report(results: dict[str, list[Result]], machine: Result, given: argparse.Na
         [side, f"{middle[side]:.1f} s", *(f"{result['seconds']:.1f}" for result in results[side])]
         for side in SIDES
     ]
+    shown = {BUNDLED: "the recipe's encoder", LARGE: "an encoder of RoBERTa-large's size, random"}
     heads = ["run", "median", *(f"round {turn + 1}" for turn in range(given.rounds))]
     return "\n".join(
         [
-            f"{given.recipe} over {given.encoder}: the whole command",
+            f"{given.recipe} over {given.encoder}: the whole command; {shown[given.encoder_of]}",
             *harness.machine_lines({harness.OURS: [{"machine": machine}]}, "torch", "transformers"),
             "",
             harness.columns(heads, rows),
