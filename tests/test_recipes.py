@@ -278,13 +278,25 @@ def test_all_problems_of_a_file_come_in_one_message(write):
 @pytest.mark.parametrize("name", ["mastodon/lora", "mastodon/p_tuning_v2", "iemocap/zero_shot"])
 def test_no_default_hides_in_code_any_key_that_is_left_out_is_missed(name, write):
     for path in leaves(document(name)):
-        shorter = document(name)
-        node = shorter
-        for key in path[:-1]:
-            node = node[key]
-        del node[path[-1]]
-        file = write(json.dumps(shorter))
-        assert f"'{'.'.join(path)}'" in refusal(file)
+        assert_required(name, path, write)
+
+
+@pytest.mark.parametrize("folder", ["emodb", "iemocap"])
+def test_no_size_of_a_network_that_hears_hides_in_code(folder, write):
+    for name in (name for name in SHIPPED if name.startswith(f"{folder}/")):
+        if getattr(recipes.load(name).method, "hears", False) or "fusion" in name:
+            for path in leaves(document(name)):
+                if path[0] == "method" and len(path) > 2:
+                    assert_required(name, path, write)
+
+
+def assert_required(name, path, write):
+    shorter = document(name)
+    node = shorter
+    for key in path[:-1]:
+        node = node[key]
+    del node[path[-1]]
+    assert f"'{'.'.join(path)}'" in refusal(write(json.dumps(shorter)))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

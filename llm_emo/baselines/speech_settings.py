@@ -1,7 +1,8 @@
 """Settings of the speech baselines: frozen data that a recipe can state. No torch here.
 
 Optimiser, learning rate, batch size and epochs belong to a recipe's training section: paper 004
-has Adam at 1e-4 with betas (0.9, 0.99), batches of 40 and 100 epochs.
+has Adam at 1e-4 with betas (0.9, 0.99), batches of 40 and 100 epochs. Every setting here changes
+a score, so none has a default; what a paper does not print is the shipped recipes' choice.
 """
 
 from typing import Annotated, Literal, Self
@@ -20,11 +21,11 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 class Noise(Section):
     """White noise on copies of a clip, in train and dev (paper 004, section 3.2)."""
 
-    copies: int = Field(1, ge=0)
+    copies: int = Field(ge=0)
     """Noisy copies of each clip beside the clean one; 0 is none."""
-    low: float = 20.0
+    low: float
     """The lowest signal-to-noise ratio of a copy, in dB."""
-    high: float = 30.0
+    high: float
     """The highest; each copy's is drawn evenly between the two."""
 
     @model_validator(mode="after")
@@ -37,76 +38,76 @@ class Noise(Section):
 class CnnSettings(Section):
     """The "several conv blocks" of paper 004, whose number and sizes it does not print."""
 
-    channels: Annotated[Many[Size], Field(min_length=1)] = (16, 32, 64, 128)
+    channels: Many[Size] = Field(min_length=1)
     """One block each."""
-    kernel: Size = 3
+    kernel: Size
     """Frames and mel bands that a convolution sees."""
-    pool: Size = 2
+    pool: Size
     """What average pooling divides time and bands by, after each block."""
-    dropout: Dropout = 0.1
+    dropout: Dropout
     """After each block, as a probability."""
 
 
 class TransformerSettings(Section):
     """A transformer's sizes, none of which paper 004 prints."""
 
-    layers: Size = 1
+    layers: Size
     """Layers, each with attention and a feed-forward part."""
-    heads: Size = 4
+    heads: Size
     """Must divide the features of a step."""
-    inner: Size = 512
+    inner: Size
     """Units of the feed-forward part."""
-    dropout: Dropout = 0.1
+    dropout: Dropout
     """In attention, and after both parts of a layer, as a probability."""
 
 
 class IltSettings(Section):
-    """One row of paper 004's table 1; the defaults are its best."""
+    """One row of paper 004's table 1."""
 
-    structure: IltStructure = "ilt"
+    structure: IltStructure
     """The LSTM beside the transformer, or one of the two baselines in cascade."""
-    fusion: IltFusion = "trainable_sum"
+    fusion: IltFusion
     """How the two flows of "ilt" meet (equations 12 to 16)."""
-    weight: float = Field(0.5, ge=0, le=1)
-    """The LSTM's share alpha of a "sum" (equation 13)."""
-    positional_encoding: bool = False
+    weight: float = Field(ge=0, le=1)
+    """The LSTM's share alpha of a "sum" (equation 13); the other fusions have no use for it."""
+    positional_encoding: bool
     """Whether sines are added before the transformer (equations 3 and 4)."""
-    mask: bool = True
+    mask: bool
     """Whether padding is masked; the paper's networks read it as silence."""
-    cnn: CnnSettings = CnnSettings()
-    transformer: TransformerSettings = TransformerSettings()
+    cnn: CnnSettings
+    transformer: TransformerSettings
 
 
 class CatSettings(Section):
-    """One row of paper 004's table 2; the defaults are its best."""
+    """One row of paper 004's table 2."""
 
-    structure: CatStructure = "cat"
+    structure: CatStructure
     """Both cross-attending transformers, one of them, none, or one on the LSTM alone."""
-    positional_encoding: bool = False
+    positional_encoding: bool
     """Whether sines are added before the transformer (equations 3 and 4)."""
-    mask: bool = True
+    mask: bool
     """Whether padding is masked; the paper's networks read it as silence."""
-    window: Size = 8
+    window: Size
     """Frames that make one step of the LSTM."""
-    filters: Size = 128
+    filters: Size
     """Of the convolution that makes them."""
-    cnn: CnnSettings = CnnSettings()
-    transformer: TransformerSettings = TransformerSettings()
+    cnn: CnnSettings
+    transformer: TransformerSettings
 
 
 class ClassifierSettings(Section):
     """Pipelines 1 and 2 of paper 002: an encoder that is fine-tuned by itself."""
 
-    dropout: Dropout = 0.1
+    dropout: Dropout
     """On an utterance's features, as a probability."""
-    max_samples: Size = 54_622
+    max_samples: Size
     """Samples of a clip at 16 kHz: 3.4 s, a tenth of IEMOCAP's longest clip, as in the paper."""
 
 
 class FusionSettings(Section):
     """Pipeline 3 of paper 002: a network of four layers, whose sizes it does not print."""
 
-    hidden: Many[Size] = (512, 256, 128)
+    hidden: Many[Size]
     """Units of the layers under the one that gives the classes."""
-    dropout: Dropout = 0.1
+    dropout: Dropout
     """Between layers, as a probability."""

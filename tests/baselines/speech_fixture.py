@@ -13,6 +13,17 @@ PITCH = {"W": 300, "F": 900, "N": 1800, "T": 3600}
 """Hertz."""
 SPEAKERS, SENTENCES = ("03", "08", "09"), ("a01", "b02", "b10")
 
+CNN = {"channels": [2, 4], "kernel": 3, "pool": 2, "dropout": 0.0}  # 40 features
+TRANSFORMER = {"layers": 1, "heads": 4, "inner": 16, "dropout": 0.0}
+NETWORKS = {
+    "ilt": {"structure": "ilt", "fusion": "trainable_sum", "weight": 0.5},
+    "cat": {"structure": "cat", "window": 8, "filters": 8},
+}
+for _network in NETWORKS.values():
+    _network |= {"positional_encoding": False, "mask": True}
+    _network |= {"cnn": CNN, "transformer": TRANSFORMER}
+NOISE = {"copies": 1, "low": 20.0, "high": 30.0}
+
 
 def corpus(root, seconds=0.3):
     """Write `root`/emodb/wav: three speakers say three sentences in four emotions."""

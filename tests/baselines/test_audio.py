@@ -105,6 +105,10 @@ def test_a_clip_without_samples_is_refused():
 # Noise
 
 
+def noise(copies):
+    return Noise(copies=copies, low=20.0, high=30.0)
+
+
 @given(snr=st.floats(-10, 60), seed=st.integers(0, 100))
 def test_noise_has_exactly_the_power_asked_for(snr, seed):
     waveform = speech_like(0.5, seed).astype(np.float64)
@@ -128,27 +132,27 @@ def test_silence_stays_silence():
 def test_train_and_dev_get_noisy_copies_and_test_gets_none():
     clip = speech_like(0.2)
     for split, expected in (("train", 4), ("dev", 4), ("test", 1)):
-        made = audio.variants(clip, "a", split, Noise(copies=3), seed=0)
+        made = audio.variants(clip, "a", split, noise(3), seed=0)
         assert len(made) == expected
         assert made[0] is clip
         assert len({copy.tobytes() for copy in made}) == expected
-    assert len(audio.variants(clip, "a", "train", Noise(copies=0), seed=0)) == 1
+    assert len(audio.variants(clip, "a", "train", noise(0), seed=0)) == 1
 
 
 def test_noise_is_decided_by_seed_uid_and_copy_alone():
-    clip, noise = speech_like(0.2), Noise(copies=2)
-    first = audio.variants(clip, "a", "train", noise, seed=0)
+    clip, twice = speech_like(0.2), noise(2)
+    first = audio.variants(clip, "a", "train", twice, seed=0)
     np.random.seed(7)  # what else was drawn does not matter
-    assert np.array_equal(audio.variants(clip, "a", "dev", noise, seed=0)[2], first[2])
+    assert np.array_equal(audio.variants(clip, "a", "dev", twice, seed=0)[2], first[2])
     for uid, seed in (("b", 0), ("a", 1)):
-        assert not np.array_equal(audio.variants(clip, uid, "train", noise, seed)[1], first[1])
+        assert not np.array_equal(audio.variants(clip, uid, "train", twice, seed)[1], first[1])
 
 
 def test_settings_of_noise_are_checked():
     with pytest.raises(ValueError, match="copies"):
-        Noise(copies=-1)
+        noise(-1)
     with pytest.raises(ValueError, match="low"):
-        Noise(low=30.0, high=20.0)
+        Noise(copies=1, low=30.0, high=20.0)
 
 
 # Files

@@ -19,14 +19,16 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from llm_emo import recipes
 from llm_emo.baselines import encoder, fusion
 from llm_emo.baselines.fusion import AudioClassifier, Fusion
 from llm_emo.baselines.settings import EncoderSettings
-from llm_emo.baselines.speech_settings import ClassifierSettings, FusionSettings
+from llm_emo.baselines.speech_settings import FusionSettings
 from llm_emo.errors import DatasetError
 
 soundfile = pytest.importorskip("soundfile")
 
+LAYERS = recipes.load("iemocap/fusion").method.network
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SHAPE | {"intermediate_size": 24}
 CONVOLUTIONS = {
@@ -161,7 +163,7 @@ def test_a_clip_is_cut_and_a_click_is_long_enough(kind):
 
 
 def test_the_paper_cuts_sound_at_a_tenth_of_its_longest_clip():
-    assert ClassifierSettings().max_samples == 546_220 // 10
+    assert recipes.load("iemocap/speech_encoder").method.head.max_samples == 546_220 // 10
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
@@ -172,7 +174,7 @@ def test_32_sounds_can_be_learned_by_heart(kind):
 
 def test_the_mlp_has_the_parameters_of_four_layers():
     # Features and classes of deberta-v3-small and wav2vec2-base, nine and six classes.
-    made = Fusion(FusionSettings(), inputs=768 + 9 + 768 + 6, classes=6)
+    made = Fusion(LAYERS, inputs=768 + 9 + 768 + 6, classes=6)
     expected = 1552 * 512 + 513 * 256 + 257 * 128 + 129 * 6
     assert sum(p.numel() for p in made.parameters()) == expected
     assert sum(isinstance(layer, nn.Linear) for layer in made.layers) == 4
@@ -180,7 +182,7 @@ def test_the_mlp_has_the_parameters_of_four_layers():
 
 def test_32_encodings_can_be_learned_by_heart():
     torch.manual_seed(0)
-    made = Fusion(FusionSettings(dropout=0.0), 20, 4)
+    made = Fusion(LAYERS.model_copy(update={"dropout": 0.0}), 20, 4)
     x = torch.randn(32, 20)
     assert memorise(made, {"x": x}, torch.arange(32) % 4, 200, 1e-2)
 
@@ -189,7 +191,7 @@ def test_networks_loaded_give_the_logits_of_those_saved(tmp_path):
     sound = fusion.audio_inputs(extractor("wav2vec2"), sounds(2), 54_622)
     for make, inputs in (
         (audio_classifier, sound),
-        (lambda: Fusion(FusionSettings(), 20, 4), {"x": torch.randn(3, 20)}),
+        (lambda: Fusion(LAYERS, 20, 4), {"x": torch.randn(3, 20)}),
     ):
         made, loaded = make().eval(), make().eval()
         with torch.no_grad():

@@ -9,41 +9,45 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from llm_emo import recipes
 from llm_emo.baselines import acoustic
 from llm_emo.baselines.cat import Cat
 from llm_emo.baselines.ilt import Ilt
-from llm_emo.baselines.speech_settings import (
-    CatSettings,
-    CnnSettings,
-    IltSettings,
-    TransformerSettings,
-)
+from llm_emo.baselines.speech_settings import IltSettings
 
 CLASSES = 4
+ILT, CAT = (recipes.load(f"iemocap/{kind}").method.network for kind in ("ilt", "cat"))
+
+
+def changed(settings, **fields):
+    return settings.model_copy(update=fields)
+
+
+SHIPPED_CNN, SHIPPED_TRANSFORMER = ILT.cnn, ILT.transformer
 SMALL = {
-    "cnn": CnnSettings(channels=(2, 4), dropout=0.0),  # 40 features
-    "transformer": TransformerSettings(inner=16, dropout=0.0),
+    "cnn": changed(SHIPPED_CNN, channels=(2, 4), dropout=0.0),  # 40 features
+    "transformer": changed(SHIPPED_TRANSFORMER, inner=16, dropout=0.0),
 }
 
 VARIANTS = {
-    "ILT, concatenation": IltSettings(fusion="concatenation"),
-    "ILT, sum": IltSettings(fusion="sum", weight=0.3),
-    "ILT, trainable sum": IltSettings(),
-    "ILT, positions": IltSettings(positional_encoding=True),
-    "CNN-transformer": IltSettings(structure="cnn_transformer"),
-    "CNN-LSTM-transformer": IltSettings(structure="cnn_lstm_transformer"),
-    "CAT": CatSettings(),
-    "CAT, positions": CatSettings(positional_encoding=True),
-    "CAT, CNN to LSTM": CatSettings(structure="cnn_to_lstm"),
-    "CAT, LSTM to CNN": CatSettings(structure="lstm_to_cnn"),
-    "CNN+LSTM": CatSettings(structure="cnn_plus_lstm"),
-    "LSTM-transformer": CatSettings(structure="lstm_transformer"),
+    "ILT, concatenation": changed(ILT, fusion="concatenation"),
+    "ILT, sum": changed(ILT, fusion="sum", weight=0.3),
+    "ILT, trainable sum": ILT,
+    "ILT, positions": changed(ILT, positional_encoding=True),
+    "CNN-transformer": changed(ILT, structure="cnn_transformer"),
+    "CNN-LSTM-transformer": changed(ILT, structure="cnn_lstm_transformer"),
+    "CAT": CAT,
+    "CAT, positions": changed(CAT, positional_encoding=True),
+    "CAT, CNN to LSTM": changed(CAT, structure="cnn_to_lstm"),
+    "CAT, LSTM to CNN": changed(CAT, structure="lstm_to_cnn"),
+    "CNN+LSTM": changed(CAT, structure="cnn_plus_lstm"),
+    "LSTM-transformer": changed(CAT, structure="lstm_transformer"),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 def network(name, *, small=True, seed=0, **changes):
-    settings = VARIANTS[name].model_copy(update=(SMALL if small else {}) | changes)
+    settings = changed(VARIANTS[name], **(SMALL if small else {}) | changes)
     torch.manual_seed(seed)
     made = Ilt if isinstance(settings, IltSettings) else Cat
     return made(settings, CLASSES)
@@ -116,7 +120,7 @@ def test_7_5_seconds_become_one_number_a_class(name):
 
 
 def test_750_frames_become_46_steps_of_256_features():
-    cnn = acoustic.Cnn(40, CnnSettings())
+    cnn = acoustic.Cnn(40, SHIPPED_CNN)
     steps, lengths = cnn(torch.zeros(1, 750, 40), torch.tensor([750]))
     assert steps.shape == (1, 46, 256)
     assert lengths.tolist() == [46]
@@ -125,9 +129,9 @@ def test_750_frames_become_46_steps_of_256_features():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (IltSettings(cnn=CnnSettings(channels=(2,) * 6)), "leave 0 mel bands"),
-        (IltSettings(cnn=CnnSettings(channels=(1, 1, 1))), "an even number"),
-        (CatSettings(transformer=TransformerSettings(heads=3)), "3 heads"),
+        (changed(ILT, cnn=changed(SHIPPED_CNN, channels=(2,) * 6)), "leave 0 mel bands"),
+        (changed(ILT, cnn=changed(SHIPPED_CNN, channels=(1, 1, 1))), "an even number"),
+        (changed(CAT, transformer=changed(SHIPPED_TRANSFORMER, heads=3)), "3 heads"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings, message):
@@ -314,7 +318,7 @@ def test_positions_are_equations_3_and_4():
 
 def test_without_positions_a_transformer_does_not_know_the_order():
     torch.manual_seed(0)
-    block = acoustic.Transformer(8, TransformerSettings(inner=16, dropout=0.0)).eval()
+    block = acoustic.Transformer(8, SMALL["transformer"]).eval()
     x, lengths = torch.randn(1, 6, 8), torch.tensor([6])
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     located = x + acoustic.positions(6, 8, x.device)
@@ -327,7 +331,7 @@ def test_without_positions_a_transformer_does_not_know_the_order():
 
 def test_attention_is_equation_1():
     torch.manual_seed(0)
-    settings = TransformerSettings(heads=1, inner=16, dropout=0.0)
+    settings = changed(SMALL["transformer"], heads=1)
     layer = acoustic.Transformer(8, settings).eval().layers[0]
     queries, context = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
     weight, bias = layer.attention.in_proj_weight, layer.attention.in_proj_bias
@@ -389,7 +393,7 @@ def alone(cnn, row, length):
 )
 def test_clips_that_share_a_time_axis_do_not_hear_each_other(channels, kernel, pool):
     torch.manual_seed(0)
-    settings = CnnSettings(channels=channels, kernel=kernel, pool=pool, dropout=0.0)
+    settings = changed(SHIPPED_CNN, channels=channels, kernel=kernel, pool=pool, dropout=0.0)
     cnn = acoustic.Cnn(40, settings).eval().double()
     lengths = torch.tensor([50, 17, 31, 9, 48, 49])
     x = torch.randn(6, 50, 40, dtype=torch.float64) * acoustic.within(lengths, 50)[..., None]

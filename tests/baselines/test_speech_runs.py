@@ -17,8 +17,10 @@ from llm_emo.baselines import exported
 STEPS = ("train.epochs=3", "train.batch_size=8", "train.micro_batch_size=8",
          "train.learning_rate=5e-3")  # fmt: skip
 NETWORK = (
-    "method.network.cnn={channels: [2, 4], dropout: 0.0}",
-    "method.network.transformer={inner: 16, dropout: 0.0}",
+    "method.network.cnn.channels=[2, 4]",
+    "method.network.cnn.dropout=0.0",
+    "method.network.transformer.inner=16",
+    "method.network.transformer.dropout=0.0",
 )
 LAYERS = "method.network.hidden=[16, 8, 8]"
 
@@ -48,7 +50,7 @@ def below(root, tmp_path_factory):
     for kind in ("ilt", "cat"):
         train(root, f"emodb/{kind}", folder / kind, *NETWORK).ok()
     heard = test_speech_encoder_task.encoder(folder / "sounds")
-    speech = f"{{kind: speech_encoder, name: {heard}, head: {{max_samples: 4000}}}}"
+    speech = f"{{kind: speech_encoder, name: {heard}, head: {{dropout: 0.1, max_samples: 4000}}}}"
     train(root, "emodb/cat", folder / "speech_encoder", f"method={speech}").ok()
     return folder
 

@@ -14,15 +14,7 @@ from llm_emo.baselines import audio, speech_task
 from llm_emo.errors import DatasetError, ModelError, RecipeError
 from llm_emo.types import Row, Utterance
 
-SMALL = {
-    "cnn": {"channels": [2, 4], "dropout": 0.0},
-    "transformer": {"inner": 16, "dropout": 0.0},
-}
-KINDS = {
-    "ilt": {"kind": "ilt", "network": SMALL, "noise": {"copies": 1}},
-    "cat": {"kind": "cat", "network": {**SMALL, "filters": 8}, "noise": {"copies": 1}},
-}
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", speech_fixture.NETWORKS)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +23,11 @@ def root(tmp_path_factory):
 
 
 def prepared(root, kind="ilt", network=(), noise=(), **changes):
-    method = json.loads(json.dumps(KINDS[kind]))
-    method["network"] |= dict(network)
-    method["noise"] |= dict(noise)
+    method = {
+        "kind": kind,
+        "network": speech_fixture.NETWORKS[kind] | dict(network),
+        "noise": speech_fixture.NOISE | dict(noise),
+    }
     return speech_fixture.experiment(root, method, **changes)
 
 
@@ -193,4 +187,4 @@ def test_a_row_without_sound_and_sizes_that_do_not_fit_are_told(root, tmp_path):
     with pytest.raises(DatasetError, match="no such sound file"):
         classifier.items([gone], "test", augmented=False)
     with pytest.raises(RecipeError, match=r"'method.network': transformer: 3 heads"):
-        created(prepared(root, network={"transformer": {"heads": 3}}))
+        created(prepared(root, network={"transformer": speech_fixture.TRANSFORMER | {"heads": 3}}))
