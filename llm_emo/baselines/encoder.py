@@ -13,10 +13,13 @@ puts a classification token in front. Where the papers are silent:
   read as a control token.
 - A pooler, which some checkpoints have beyond their last layer, is left away: it would be
   parameters without a gradient.
+- Decoders are refused, and so are encoders that come with one (T5, BART). In front of a text, a
+  decoder's state has seen none of it; method `lora` is theirs.
 
 Letters: B texts, T tokens, H hidden units, F features (4H or H), C classes.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from llm_emo.baselines import minilm
@@ -40,6 +43,9 @@ Pooling = Literal["first", "mean"]
 
 LAYERS = 4
 """Layers whose [CLS] is part of the features."""
+
+SUCH_AS = "encoder such as BERT, RoBERTa, ELECTRA or DeBERTa"
+"""What to take instead."""
 
 ROWS = 8
 """Texts of like length that run together on a CPU."""
@@ -176,6 +182,12 @@ def load(
         logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(source, **where)
+        if config.is_encoder_decoder:
+            raise ModelError(
+                f"{name}: a model of type {config.model_type} is an encoder with a decoder behind "
+                f"it; expected an encoder alone; take an {SUCH_AS}"
+            )
         # A pickled checkpoint is code.
         encoder, info = AutoModel.from_pretrained(
             source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
@@ -194,6 +206,7 @@ def load(
             f"{name}: its checkpoint lacks {len(missing)} of the encoder's tensors, such as "
             f"{min(missing)}; is it complete, and an encoder?"
         )
+    require_whole_texts(name, encoder)
     require_features(name, encoder, tokenizer, settings, pooling)
     return encoder, tokenizer
 
@@ -201,7 +214,7 @@ def load(
 def require_features(
     name: str, encoder: PreTrainedModel, tokenizer: Any, settings: EncoderSettings, pooling: Pooling
 ) -> None:
-    """Hold that the encoder has the length, and for `first` the layers and the token.
+    """Hold that the encoder has the length and a padding, and for `first` the layers and the token.
 
     Raises:
         ModelError: it has not.
@@ -211,16 +224,82 @@ def require_features(
         raise ModelError(
             f"{name}: has {layers} layers; the features are taken from the last {LAYERS}"
         )
-    first = tokenizer("a")["input_ids"][0]
-    if pooling == "first" and (tokenizer.cls_token_id is None or first != tokenizer.cls_token_id):
+    first = tokenizer("a")["input_ids"][:1]
+    if pooling == "first" and (tokenizer.cls_token_id is None or first != [tokenizer.cls_token_id]):
         raise ModelError(
             f"{name}: its tokenizer puts no classification token in front of a text; take an "
-            "encoder such as BERT, RoBERTa, ELECTRA or DeBERTa, or pooling mean"
+            f"{SUCH_AS}, or pooling mean"
         )
-    if settings.max_length > tokenizer.model_max_length:
+    if tokenizer.pad_token_id is None:
         raise ModelError(
-            f"{name}: max_length is {settings.max_length}, but it reads at most "
-            f"{tokenizer.model_max_length} tokens"
+            f"{name}: its tokenizer has no padding token, and the texts of a step have other "
+            f"lengths; name one of its tokens as pad_token in tokenizer_config.json, or take an "
+            f"{SUCH_AS}"
+        )
+    longest = min(tokenizer.model_max_length, positions(encoder))
+    if settings.max_length > longest:
+        raise ModelError(
+            f"{name}: method.head.max_length is {settings.max_length}, but it reads at most "
+            f"{longest} tokens; lower it, or take an encoder of longer texts"
+        )
+
+
+def positions(encoder: PreTrainedModel) -> float:
+    """Return the tokens of the longest text that an encoder has positions for.
+
+    A table of absolute positions decides; RoBERTa's and its kin's begins behind the padding id,
+    so that 514 rows are 512 positions. DeBERTa mostly has none: its positions are relative, far
+    ones count as the farthest that it knows, and it reads texts of any length. For what has
+    neither (rotary positions), what its config says is what it has learned.
+    """
+    tables = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in encoder.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    if tables:
+        return min(tables)
+    if getattr(encoder.config, "relative_attention", False):
+        return math.inf
+    said: int = getattr(encoder.config, "max_position_embeddings", -1)
+    return said if said > 0 else math.inf  # XLNet, which has no limit, says -1
+
+
+def require_whole_texts(name: str, encoder: PreTrainedModel) -> None:
+    """Hold that a model maps a text to a state for each token: of the whole text, and of it alone.
+
+    Asked of the model, not of its name or config: each architecture writes down something else.
+
+    Raises:
+        ModelError: it does not.
+    """
+    kind = type(encoder).__name__
+    # Two texts that differ in their last token; the same two when that is padding.
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]] * 2)
+    mask = torch.tensor([[1, 1, 1]] * 2 + [[1, 1, 0]] * 2)
+    try:
+        with torch.inference_mode():
+            states = encoder(input_ids=ids, attention_mask=mask)[0]
+        fits = states.shape == (*ids.shape, encoder.config.hidden_size)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{name}: {kind} cannot be run on token ids and their mask ({text}); take an {SUCH_AS}"
+        ) from error
+    if not fits:
+        raise ModelError(
+            f"{name}: {kind} gives {tuple(states.shape)} for 4 texts of 3 tokens; expected a state "
+            f"of {encoder.config.hidden_size} units for each; take an {SUCH_AS}"
+        )
+    if torch.equal(states[0, 0], states[1, 0]):
+        raise ModelError(
+            f"{name}: {kind} is a decoder, in which a token knows only those in front of it; "
+            f"expected an encoder; take an {SUCH_AS}, or adapt it with method lora"
+        )
+    if not torch.allclose(states[2, :2], states[3, :2], atol=1e-4, rtol=1e-3):
+        raise ModelError(
+            f"{name}: {kind} reads padding as text, so that what it says of a text would depend on "
+            f"the texts beside it; take an {SUCH_AS}"
         )
 
 

@@ -9,11 +9,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    BartConfig,
     BertConfig,
+    CLIPConfig,
     DebertaV2Config,
     ElectraConfig,
+    FNetConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    T5Config,
 )
 
 from llm_emo.baselines import encoder, storage
@@ -39,7 +46,7 @@ WORDS = [
 TEXTS = ["so sad", "we are glad", "so", "we are so so so glad", "sad we are", "glad", "are we", ""]
 
 
-def tokenizer(*, cls=True):
+def tokenizer(*, cls=True, pad="[PAD]", longest=16):
     backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if cls:
@@ -47,8 +54,8 @@ def tokenizer(*, cls=True):
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]",
-        cls_token="[CLS]", model_max_length=16,
+        tokenizer_object=backend, pad_token=pad, sep_token="[SEP]", unk_token="[UNK]",
+        cls_token="[CLS]", model_max_length=longest,
     )  # fmt: skip
 
 
@@ -63,14 +70,40 @@ CONFIGS = {
     "electra": lambda **c: ElectraConfig(**SIZES | {"embedding_size": 16} | c),
     "deberta-v2": lambda **c: DebertaV2Config(**SIZES | c),
 }
+MODERN = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2,
+    "intermediate_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+FEW = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+OTHERS = {
+    "modernbert": lambda **c: ModernBertConfig(**MODERN | c),
+    "gpt2": lambda: GPT2Config(n_embd=16, n_layer=5, n_head=2, n_positions=40, **FEW),
+    "llama": lambda: LlamaConfig(**SIZES | FEW | {"num_key_value_heads": 2}),
+    "bert as a decoder": lambda: BertConfig(**SIZES, is_decoder=True),
+    "t5": lambda: T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=5, num_heads=2, **FEW | {"eos_token_id": 1}
+    ),
+    "bart": lambda: BartConfig(
+        d_model=16, encoder_layers=5, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        max_position_embeddings=40, **FEW | {"eos_token_id": 1},
+    ),
+    "fnet": lambda: FNetConfig(**SIZES),
+    "clip": lambda: CLIPConfig(
+        text_config=SIZES | {"eos_token_id": 2},
+        vision_config=SIZES | {"image_size": 8, "patch_size": 4},
+    ),
+}  # fmt: skip
 each_encoder = pytest.mark.parametrize("kind", CONFIGS)
 each_pooling = pytest.mark.parametrize("pooling", ["first", "mean"])
 
 
-def save(folder, kind="bert", *, cls=True, **changes):
+def save(folder, kind="bert", *, cls=True, pad="[PAD]", longest=16, **changes):
     torch.manual_seed(0)
-    AutoModel.from_config(CONFIGS[kind](**changes)).save_pretrained(folder)
-    tokenizer(cls=cls).save_pretrained(folder)
+    config = (CONFIGS | OTHERS)[kind](**changes)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer(cls=cls, pad=pad, longest=longest).save_pretrained(folder)
     return str(folder)
 
 
@@ -276,9 +309,75 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         made(folder)
 
 
-def test_a_length_beyond_the_encoder_s_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="max_length is 17, but it reads at most 16"):
-        encoder.load(save(tmp_path), EncoderSettings(max_length=17, dropout=0.0), "mean")
+@each_pooling
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("gpt2", "GPT2Model is a decoder, .*expected an encoder"),
+        ("llama", "LlamaModel is a decoder"),
+        ("bert as a decoder", "BertModel is a decoder"),
+        ("t5", "type t5 is an encoder with a decoder behind it; expected an encoder alone"),
+        ("bart", "type bart is an encoder with a decoder behind it"),
+        ("fnet", "FNetModel reads padding as text"),
+        ("clip", "CLIPModel cannot be run on token ids and their mask"),
+    ],
+)
+def test_what_gives_no_state_of_a_whole_text_is_refused(kind, message, pooling, tmp_path):
+    with pytest.raises(ModelError, match=rf"(?s){tmp_path}: .*{message}.*take an encoder such as"):
+        made(save(tmp_path, kind), pooling)
+
+
+@each_pooling
+def test_a_tokenizer_without_padding_is_refused(pooling, tmp_path):
+    with pytest.raises(ModelError, match=r"no padding token.*pad_token in tokenizer_config\.json"):
+        made(save(tmp_path, pad=None), pooling)
+
+
+UNKNOWN = 10**30
+"""The longest text of a tokenizer that names none."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "most"),
+    [
+        ("bert", {}, 16),  # the tokenizer's own word
+        ("bert", {"longest": UNKNOWN, "max_position_embeddings": 20}, 20),
+        ("bert", {"longest": 24, "max_position_embeddings": 20}, 20),
+        ("electra", {"longest": UNKNOWN, "max_position_embeddings": 20}, 20),
+        # Positions are counted from behind the padding id.
+        ("roberta", {"longest": UNKNOWN, "max_position_embeddings": 20}, 19),
+        ("roberta", {"longest": UNKNOWN, "max_position_embeddings": 20, "pad_token_id": 1}, 18),
+        ("deberta-v2", {"longest": UNKNOWN, "max_position_embeddings": 20,
+                        "relative_attention": True}, 20),
+        ("modernbert", {"longest": UNKNOWN, "max_position_embeddings": 20}, 20),
+    ],
+)  # fmt: skip
+def test_a_length_beyond_the_encoder_s_is_refused(kind, changes, most, tmp_path):
+    folder = save(tmp_path, kind, **changes)
+    fits = EncoderSettings(max_length=most, dropout=0.0)
+    base, tokens = encoder.load(folder, fits, "mean")
+    rows = encoder.tokenize(tokens, ["so " * 50], most)
+    assert len(rows[0]) == most
+    model = encoder.network(base, fits, "mean", classes=3)
+    assert encoder.extract(model, rows, padding=0, tokens_per_pass=9).shape == (1, 16 + 3)
+    more = EncoderSettings(max_length=most + 1, dropout=0.0)
+    message = f"max_length is {most + 1}, but it reads at most {most} tokens"
+    with pytest.raises(ModelError, match=message):
+        encoder.load(folder, more, "mean")
+
+
+def test_relative_positions_alone_set_no_limit(tmp_path):
+    folder = save(
+        tmp_path, "deberta-v2", longest=UNKNOWN, max_position_embeddings=20,
+        relative_attention=True, position_biased_input=False, pos_att_type=["c2p", "p2c"],
+    )  # fmt: skip
+    longer = EncoderSettings(max_length=60, dropout=0.0)
+    base, tokens = encoder.load(folder, longer, "first")
+    rows = encoder.tokenize(tokens, ["so " * 80], 60)
+    model = encoder.network(base, longer, "first", classes=3)
+    found = encoder.extract(model, rows, padding=0, tokens_per_pass=9)
+    assert len(rows[0]) == 60
+    assert np.isfinite(found).all()
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
