@@ -48,6 +48,10 @@ class Classifier(ABC):
         model: float32.
     """
 
+    items_per_pass = 64
+    """Items that are heard or read together when nothing is learned; 1 where the company of
+    others would change what is said of one."""
+
     def __init__(self, names: Sequence[str], model: nn.Module) -> None:
         self.names, self.model = tuple(names), model
 
@@ -96,19 +100,30 @@ class Classifier(ABC):
 
         raise ModelError(f"{type(self).__name__}: gives no features for another network")
 
-    def probabilities(
-        self, rows: Sequence[Row], split: Split, *, items_per_pass: int = 64
-    ) -> Iterator[tuple[str, list[float]]]:
-        """Yield uid and class probabilities of every row, in the rows' order within a pass."""
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        items = self.items(rows, split, augmented=False)
-        with torch.inference_mode():
-            for start in range(0, len(items), items_per_pass):
-                some = items[start : start + items_per_pass]
+    def said(
+        self, model: nn.Module, items: Sequence[Item]
+    ) -> Iterator[tuple[str | None, int, list[float]]]:
+        """Yield uid, label and class probabilities for each label of the items, in their order.
+
+        Dev is measured by this and predictions are made by it, in passes of `items_per_pass`.
+
+        Args:
+            model: `self.model`, perhaps wrapped; left in eval mode.
+            items: of one split.
+        """
+        model.eval()
+        device = next(model.parameters()).device
+        for start in range(0, len(items), self.items_per_pass):
+            some = items[start : start + self.items_per_pass]
+            with torch.inference_mode():
                 batch = {name: value.to(device) for name, value in self.batch(some).items()}
-                scores = self.scores(self.model, batch).double().softmax(1).cpu()
-                uids = [uid for item in some for uid in item.uids]
-                for uid, shares in zip(uids, scores.tolist(), strict=True):
-                    if uid is not None:
-                        yield uid, shares
+                shares = self.scores(model, batch).double().softmax(1).tolist()
+            uids = [uid for item in some for uid in item.uids]
+            labels = [label for item in some for label in item.labels]
+            yield from zip(uids, labels, shares, strict=True)
+
+    def probabilities(self, rows: Sequence[Row], split: Split) -> Iterator[tuple[str, list[float]]]:
+        """Yield uid and class probabilities of every row, in the items' order."""
+        for uid, _, shares in self.said(self.model, self.items(rows, split, augmented=False)):
+            if uid is not None:
+                yield uid, shares

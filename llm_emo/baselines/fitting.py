@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from llm_emo.machine import processes, say
 from llm_emo.steps import Steps
 from llm_emo.training import Batch, Size
 from llm_emo.workflow import Fitted, Job, measured
-
-ITEMS_PER_PASS = 64
-"""Items that dev is measured with at once."""
 
 LABELS = "labels"
 """The key of a batch under which the class ids stand; shape (N,)."""
@@ -165,21 +161,12 @@ class _Dev:
         """Return the protocol's metrics on dev."""
         state, names = processes(), self.classifier.names
         share = self.items[state.process_index :: state.num_processes]
-        model.eval()
-        own: list[tuple[str, str, str | None]] = []
-        with torch.inference_mode():
-            for start in range(0, len(share), ITEMS_PER_PASS):
-                some = share[start : start + ITEMS_PER_PASS]
-                scores = self.classifier.scores(model, self._batch(some, state.device))
-                labels = [label for item in some for label in item.labels]
-                uids = [uid for item in some for uid in item.uids]
-                for uid, label, best in zip(uids, labels, scores.argmax(1).tolist(), strict=True):
-                    if label != IGNORED:
-                        own.append((str(uid), names[label], names[best]))
+        own: list[tuple[str, str, str | None]] = [
+            (str(uid), names[label], names[shares.index(max(shares))])
+            for uid, label, shares in self.classifier.said(model, share)
+            if label != IGNORED
+        ]
         rows = gather_object(own) if state.num_processes > 1 else own
         if len(rows) != sum(label != IGNORED for item in self.items for label in item.labels):
             raise JobFailed("dev rows were lost or doubled between processes")
         return measured(rows, self.experiment.protocol)
-
-    def _batch(self, items: Sequence[Item], device: Any) -> dict[str, Tensor]:
-        return {name: value.to(device) for name, value in self.classifier.batch(items).items()}

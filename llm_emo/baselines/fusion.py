@@ -89,6 +89,11 @@ def is_spectral(extractor: Any) -> bool:
     return bool(extractor.model_input_names[0] == "input_features")
 
 
+def knows_padding(extractor: Any) -> bool:
+    """Whether an encoder can tell the padding of a batch from silence, or has none."""
+    return is_spectral(extractor) or bool(extractor.return_attention_mask)
+
+
 def audio_inputs(
     extractor: Any, waveforms: Sequence[Waveform], max_samples: int
 ) -> dict[str, Tensor]:

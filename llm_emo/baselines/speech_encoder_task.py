@@ -9,14 +9,15 @@ spectrum. Where the paper is silent:
   have no gradient.
 - Encoders without an attention mask, wav2vec2-base-960h among them, cannot tell padding from
   silence. In training the clips of a step are padded to its longest, as these encoders were
-  trained; predictions hear every clip by itself, so that no other row decides what is said of it.
+  trained; dev and predictions hear every clip by itself, so that no other row decides what is said
+  of it.
 
 A run keeps in `adapter/` config.json and preprocessor_config.json as transformers writes them, and
 the weights of encoder and head. Nothing is asked of the place that the encoder once came from.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ class SpeechEncoderClassifier(Classifier):
         super().__init__(names, model)
         self.method, self.extractor = method, extractor
         self._heard: dict[str, dict[str, float]] = {}
+        if not fusion.knows_padding(extractor):
+            self.items_per_pass = 1
 
     def items(self, rows: Sequence[Row], split: Split, *, augmented: bool) -> list[Item]:
         """Return one item a clip; nothing is augmented.
@@ -108,14 +111,6 @@ class SpeechEncoderClassifier(Classifier):
             "encoder_parameters": sum(p.numel() for p in self.model.encoder.parameters()),
             "heard": {split: dict(counts) for split, counts in self._heard.items()},
         }
-
-    def probabilities(
-        self, rows: Sequence[Row], split: Split, *, items_per_pass: int = 64
-    ) -> Iterator[tuple[str, list[float]]]:
-        """Yield uid and class probabilities of every row; alone where company would change them."""
-        alone = "attention_mask" not in self.batch(self.items(rows[:1], split, augmented=False))
-        passes = 1 if alone and not fusion.is_spectral(self.extractor) else items_per_pass
-        return super().probabilities(rows, split, items_per_pass=passes)
 
     def encode(self, rows: Sequence[Row], split: Split) -> Encoding:
         """Return the mean of the encoder's frames (N, H), and class probabilities (N, C)."""

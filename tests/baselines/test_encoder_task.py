@@ -86,7 +86,8 @@ def test_loaded_it_gives_the_bits_of_what_was_saved_and_needs_no_original(kind, 
 
 def test_probabilities_come_by_uid(tmp_path):
     classifier = made(tmp_path)
-    found = dict(classifier.probabilities(ROWS, "test", items_per_pass=4))
+    classifier.items_per_pass = 4
+    found = dict(classifier.probabilities(ROWS, "test"))
     expected = scored(classifier, ROWS).double().softmax(1)
     assert list(found) == [row.utterance.uid for row in ROWS]
     np.testing.assert_allclose(list(found.values()), expected, atol=1e-5)

@@ -139,7 +139,8 @@ def test_scores_stand_in_the_order_of_the_labels(encoder):
 
 def test_probabilities_come_once_for_every_scored_row(encoder):
     classifier = task.create(method(), EXPERIMENT)
-    found = [uid for uid, _ in classifier.probabilities(ROWS, "test", items_per_pass=2)]
+    classifier.items_per_pass = 2
+    found = [uid for uid, _ in classifier.probabilities(ROWS, "test")]
     assert sorted(found) == sorted(row.utterance.uid for row in ROWS)
 
 

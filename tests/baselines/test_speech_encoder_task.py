@@ -10,7 +10,7 @@ import test_fusion as kinds
 from torch import nn
 from transformers import AutoModel
 
-from llm_emo.baselines import speech_encoder_task
+from llm_emo.baselines import fitting, speech_encoder_task
 from llm_emo.errors import ModelError
 
 each_kind = kinds.every_audio
@@ -86,6 +86,32 @@ def test_predictions_do_not_depend_on_company(root, kind, tmp_path):
     alone = torch.cat([said(classifier, [row]) for row in rows])
     same = torch.allclose if kind in MASKED else torch.equal
     assert same(said(classifier, rows), alone)
+
+
+@each_kind
+def test_dev_is_measured_by_what_is_predicted_of_its_rows(root, kind, tmp_path, monkeypatch):
+    experiment = prepared(root, encoder(tmp_path / "encoder", kind))
+    job = fitting.prepare(experiment, experiment.recipe.train)
+    classifier, heard = job.task.classifier, []
+    scores = type(classifier).scores
+
+    def listening(self, model, batch):
+        heard.append({name: value.shape for name, value in batch.items()})
+        return scores(self, model, batch)
+
+    monkeypatch.setattr(type(classifier), "scores", listening)
+    measured = job.measure(job.model)
+    dev = experiment.rows("dev")
+    passes = heard[:]
+    heard.clear()
+    predicted = dict(classifier.probabilities(dev, "dev"))
+    assert passes == heard
+    assert len(passes) == (1 if kind in MASKED else len(dev))
+    right = sum(
+        classifier.names[shares.index(max(shares))] == row.gold
+        for row, shares in zip(dev, predicted.values(), strict=True)
+    )
+    assert measured["accuracy"] == pytest.approx(right / len(dev))
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
