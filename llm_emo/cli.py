@@ -225,6 +225,7 @@ def train(
                 f"its own: {run.folder / 'recipe.yaml'}"
             )
         experiment = opening.from_run(run, [], data_root)
+        runs.require_same_below(run, runs.runs_below(experiment.recipe))
     else:
         runs.require_free(folder)
         experiment, source = _experiment(recipe, set_, data_root)
@@ -283,6 +284,8 @@ def grid(
         (name, found.only(seeds=_numbers("--seeds", seeds), folds=_numbers("--folds", folds)))
         for name, found in loaded
     ]
+    for name, found in chosen[1:]:  # each checks itself too, but only when it begins
+        grids.check(found, output / name, resolve(data_root))
     made = [grids.run(found, output / name, resolve(data_root)) for name, found in chosen]
     _print({"grids": made}, json_, "show_grids")
 

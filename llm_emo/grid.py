@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from llm_emo import predictions, protocols, recipes, resources, runs
+from llm_emo import opening, predictions, protocols, recipes, resources, runs
 from llm_emo.errors import RecipeError, RunError, nearest
 from llm_emo.experiment import AnyExperiment
 from llm_emo.sections import Many, Section
@@ -27,6 +27,9 @@ from llm_emo.validation import problems
 
 CLASS = "f1:"
 """In front of a class's name, the metric is the F1 of that class."""
+
+_RUN = re.compile(r"\s*method\.(\w+)_run\s*=")
+"""An override that says what a cell builds on."""
 
 PARTS = ("accuracy", "macro_f1", "weighted_f1", "unweighted_accuracy", "f1", "parse_rate")
 
@@ -143,20 +146,29 @@ class Place:
     folder: Path
     recipe: str
     overrides: tuple[str, ...]
+    below: Mapping[str, Path]
+    """The runs of other cells that it builds on, as `runs.runs_below` names them."""
 
 
 def places(grid: Grid, folder: Path) -> list[Place]:
     """Return the runs of a grid, cells in their order, seeds and folds within."""
+    folder = folder.resolve()  # the paths in overrides must lead there from anywhere
     made = []
     for name, cell in grid.cells.items():
         for seed in grid.seeds:
             for fold in grid.folds or (None,):
-                below = {other: _folder(folder, other, seed, fold) for other in grid.cells}
-                changes = [_filled(text, below) for text in cell.set]
+                runs_of = {other: _folder(folder, other, seed, fold) for other in grid.cells}
+                changes = [_filled(text, runs_of) for text in cell.set]
                 changes.append(f"seed={seed}")
                 if fold is not None:
                     changes.append(f"data.fold={fold}")
-                made.append(Place(name, seed, fold, below[name], cell.recipe, tuple(changes)))
+                below = {
+                    match[1]: runs_of[other]
+                    for text in cell.set
+                    if (other := _below(text)) and (match := _RUN.match(text))
+                }
+                own = runs_of[name]
+                made.append(Place(name, seed, fold, own, cell.recipe, tuple(changes), below))
     return made
 
 
@@ -178,27 +190,47 @@ def _folder(folder: Path, cell: str, seed: int, fold: int | None) -> Path:
     return folder / _slug(cell) / (f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}")
 
 
+def check(grid: Grid, folder: Path, root: Path | None) -> list[recipes.AnyRecipe]:
+    """Refuse a grid that could not be run to its end; return the recipe of each of its places.
+
+    A misspelled last cell or an absent corpus must not show after hours. Corpora are read; no model
+    is loaded, and nothing is written.
+
+    Raises:
+        RunError: a run in the folder was begun under another recipe or on another run.
+        ProtocolError: cells of different protocols, or no such fold.
+        EmoError: whatever reading recipes and corpora raises.
+    """
+    todo = places(grid, folder)
+    loaded = [recipes.load(place.recipe, place.overrides) for place in todo]
+    for recipe in loaded[1:]:
+        protocols.require_comparable(loaded[0].data.protocol, recipe.data.protocol)
+    _require_classes(grid, loaded[0])
+    read = set()
+    for place, recipe in zip(todo, loaded, strict=True):
+        if begun := runs.is_run(place.folder):
+            _require_same(place)
+        if (rows := (begun, recipe.seed, recipe.data)) not in read:
+            read.add(rows)
+            _experiment(place, root).rows(grid.split)
+    return loaded
+
+
 def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
     """Train and measure whatever is not there yet; return the table.
 
     Raises:
-        RunError: a run in the folder was begun under another recipe.
-        ProtocolError: cells of different protocols.
-        EmoError: whatever training and measuring raise.
+        EmoError: whatever `check`, training and measuring raise.
     """
     from llm_emo.machine import processes
 
     if processes().num_processes > 1:
         raise RunError("grid: runs in one process; start it without `accelerate launch`")
+    loaded = check(grid, folder, root)
     todo = places(grid, folder)
-    # All recipes first: a misspelled last cell must not show after hours.
-    loaded = [recipes.load(place.recipe, place.overrides) for place in todo]
-    for recipe in loaded[1:]:
-        protocols.require_comparable(loaded[0].data.protocol, recipe.data.protocol)
-    _require_classes(grid, loaded[0])
     measured = []
-    for number, place in enumerate(todo, start=1):
-        measured.append(_measured(grid, place, root, f"[{number}/{len(todo)}]"))
+    for number, (place, recipe) in enumerate(zip(todo, loaded, strict=True), start=1):
+        measured.append(_measured(grid, place, recipe, root, f"[{number}/{len(todo)}]"))
     cells = []
     for name, cell in grid.cells.items():
         own = [done for place, done in zip(todo, measured, strict=True) if place.cell == name]
@@ -247,16 +279,18 @@ class _Done:
     training: Mapping[str, Any]
 
 
-def _measured(grid: Grid, place: Place, root: Path | None, count: str) -> _Done:
-    from llm_emo import labelling, opening  # torch comes with them
+def _measured(
+    grid: Grid, place: Place, recipe: recipes.AnyRecipe, root: Path | None, count: str
+) -> _Done:
+    from llm_emo import labelling  # torch comes with it
     from llm_emo.machine import say
 
     say(f"{count} {place.cell}, {place.folder.name}")
-    recipe = recipes.load(place.recipe, place.overrides)
-    trained, experiment = None, None
-    if recipe.method.kind != "zero_shot":
+    trained = None
+    if recipe.method.kind == "zero_shot":
+        experiment = _experiment(place, root)
+    else:
         trained, experiment = _trained(place, root)
-    experiment = experiment or opening.from_recipe(place.recipe, list(place.overrides), root)[0]
     # What is there already is held against today's recipe, prompt and corpus, and then kept.
     path = labelling.predict(experiment, trained, grid.split, place.folder)
     header, rows = predictions.read(path)
@@ -264,25 +298,43 @@ def _measured(grid: Grid, place: Place, root: Path | None, count: str) -> _Done:
     return _Done(place, header, rows, experiment.clusters, record)
 
 
-def _trained(place: Place, root: Path | None) -> tuple[runs.Run, AnyExperiment | None]:
-    from llm_emo import opening, workflow
-
-    source, run = recipes.source(place.recipe), runs.Run(place.folder)
+def _experiment(place: Place, root: Path | None) -> AnyExperiment:
+    """Read the rows of a place, as they were begun where they were."""
     if runs.is_run(place.folder):
-        same = (place.folder / "recipe.yaml").read_bytes() == source.read_bytes()
-        if not same or run.overrides != list(place.overrides):
-            raise RunError(
-                f"{place.folder}: was begun with another recipe than {place.recipe} is today; "
-                "remove it, or choose another folder with -o"
-            )
-        experiment = opening.from_run(run, [], root)
-        if not run.finished:
-            workflow.train(workflow.prepare(experiment), run, resume=True)
-        return run, experiment
-    experiment, _ = opening.from_recipe(place.recipe, list(place.overrides), root)
-    job = workflow.prepare(experiment)
-    run = runs.create(place.folder, source, list(place.overrides), experiment)
-    workflow.train(job, run, resume=False)
+        return opening.from_run(runs.Run(place.folder), [], root)
+    return opening.from_recipe(place.recipe, list(place.overrides), root)[0]
+
+
+def _require_same(place: Place) -> None:
+    """Refuse a run that was begun with another recipe, or on another state of the runs below."""
+    run = runs.Run(place.folder)
+    same = (run.folder / "recipe.yaml").read_bytes() == recipes.source(place.recipe).read_bytes()
+    if not same or _own(run.overrides) != _own(place.overrides):
+        raise RunError(
+            f"{place.folder}: was begun with another recipe than {place.recipe} is today; "
+            "remove it, or choose another folder with -o"
+        )
+    runs.require_same_below(run, place.below)
+
+
+def _own(overrides: Sequence[str]) -> list[str]:
+    """Leave out where the runs below lie: a folder may have been moved with all that is in it."""
+    return [text for text in overrides if not _RUN.match(text)]
+
+
+def _trained(place: Place, root: Path | None) -> tuple[runs.Run, AnyExperiment]:
+    from llm_emo import workflow
+
+    run, begun = runs.Run(place.folder), runs.is_run(place.folder)
+    if begun:
+        _require_same(place)  # once more: a run below may just have been trained
+    experiment = _experiment(place, root)
+    if not begun or not run.finished:
+        job = workflow.prepare(experiment)
+        if not begun:
+            source = recipes.source(place.recipe)
+            run = runs.create(place.folder, source, list(place.overrides), experiment)
+        workflow.train(job, run, resume=begun)
     return run, experiment
 
 

@@ -322,7 +322,7 @@ def header(experiment: AnyExperiment, trained: runs.Run | Foreign | None, split:
     if isinstance(experiment, BaselineExperiment):
         assert isinstance(trained, runs.Run)
         model, revision, mode, prompt = experiment.recipe.method.kind, None, "classify", None
-        adapter: str | None = _folder_sum(trained.adapter)
+        adapter: str | None = runs.folder_sum(trained.adapter)
     else:
         own, text = experiment.recipe, experiment.prompt
         model, revision, mode = own.model.name, own.model.revision, own.inference.mode
@@ -349,13 +349,6 @@ def _adapter_sum(trained: runs.Run | Foreign) -> str:
     folder = trained.adapter if isinstance(trained, runs.Run) else trained.folder
     whole = folder / "model.safetensors"  # of full training
     return sha256_of(whole if whole.is_file() else methods.weights_of(folder))
-
-
-def _folder_sum(folder: Path) -> str:
-    """Hash every file below a folder, with its name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in files]
-    return _sha256("\n".join(sums))
 
 
 def _settings(recipe: recipes.AnyRecipe) -> str:

@@ -3,7 +3,8 @@
 recipe.yaml          the recipe's text as it was read, and overrides.json
 prompt.yaml          the prompt file's text; a specialised model has none
 labels.json          label names, words, answers, aliases
-environment.json     versions, revisions, hashes of the corpus files, splits, hardware
+environment.json     versions, revisions, hashes of the corpus files, splits, hardware, hashes of
+                     what the runs below had learned
 log.jsonl            one object a step or evaluation
 adapter/             what was learned, as stock PEFT reads it, and its fingerprint; of a
                      specialised model all that it is
@@ -11,6 +12,7 @@ checkpoints/         to resume from
 <split>.predictions.jsonl, <split>.report.json
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,7 +30,8 @@ from typing import Any
 from llm_emo import __version__, recipes
 from llm_emo.errors import JobFailed, RunError
 from llm_emo.experiment import AnyExperiment, Experiment
-from llm_emo.recipes import AnyRecipe, Recipe
+from llm_emo.fetch import sha256_of
+from llm_emo.recipes import AnyRecipe, BaselineRecipe, Recipe
 from llm_emo.types import Split
 
 PACKAGES = (
@@ -112,6 +115,63 @@ class Run:
             raise RunError(
                 f"{self.folder}: training has not finished; continue it with "
                 f"`llm-emo train {self.folder / 'recipe.yaml'} -o {self.folder} --resume`"
+            )
+
+
+NESTED_METHOD = "method.json"
+"""What a run's copy of a run below has beside the files of that run's adapter folder."""
+
+
+def folder_sum(folder: Path, *, besides: str | None = None) -> str:
+    """Return the SHA-256 of every file below a folder, with its name.
+
+    Args:
+        folder: What is hashed.
+        besides: A file of it, by its relative path, that does not count.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    sums = [
+        f"{name} {sha256_of(path)}"
+        for name, path in zip(names, files, strict=True)
+        if name != besides
+    ]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def runs_below(recipe: AnyRecipe) -> dict[str, Path]:
+    """Return the runs that a recipe builds on, by the name that `adapter/` keeps each under."""
+    if not isinstance(recipe, BaselineRecipe):
+        return {}
+    return {name: Path(folder) for name, folder in recipe.method.below.items()}
+
+
+def require_same_below(run: Run, below: Mapping[str, Path]) -> None:
+    """Refuse a run that was built on runs which have been trained anew since.
+
+    A run below that is gone, or is being trained, says nothing.
+
+    Args:
+        run: The run that builds on others.
+        below: Those, as `runs_below` returns them.
+
+    Raises:
+        RunError: one of them has learned something else by now.
+    """
+    recorded = run.environment.get("below")
+    for name, folder in below.items():
+        if not Run(folder).finished:
+            continue
+        if recorded is not None:
+            had = recorded.get(name)
+        elif run.finished:  # begun before this was recorded
+            had = folder_sum(run.adapter / name, besides=NESTED_METHOD)
+        else:
+            continue
+        if had != folder_sum(Run(folder).adapter):
+            raise RunError(
+                f"{run.folder}: was built on {folder}, which has been trained anew since; "
+                f"remove {run.folder} and train it again"
             )
 
 
@@ -230,6 +290,9 @@ def environment(run_id: str | None, experiment: AnyExperiment) -> dict[str, Any]
         "data_root": None if experiment.root is None else str(experiment.root),
         "files": experiment.files,
         "splits": experiment.splits.record,
+        "below": {
+            name: folder_sum(Run(folder).adapter) for name, folder in runs_below(recipe).items()
+        },
     }
 
 

@@ -87,6 +87,35 @@ def test_what_is_wrong_in_a_grid_is_told_before_anything_is_trained(file, old, n
     assert not (file.parent / "runs").exists()
 
 
+def test_an_absent_corpus_is_told_before_anything_is_trained(file, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text(TABLE.replace("seeds: [0, 1]", "seeds: [1]"))
+    arguments = ("grid", file, second, "-o", tmp_path / "runs", "--data-root")
+    absent = program.call(*arguments, tmp_path)
+    absent.refused("mastodon", "no file")
+    assert "[1/" not in absent.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_of_a_later_cell_or_table_are_read_before_anything_is_trained(file, tmp_path):
+    good, bad = TABLE, TABLE.replace("method.features.strength=5.0", "data.hub=owner/name@1.0")
+    assert good != bad  # no form of this corpus on the hub is known
+    file.write_text(bad)
+    (tmp_path / "good.yaml").write_text(good)
+    for tables in ((file,), (tmp_path / "good.yaml", file)):
+        refused = program.call(
+            "grid", *tables, "-o", tmp_path / "runs", "--data-root", program.FIXTURES
+        )
+        refused.refused("no Hugging Face form of this corpus")
+        assert "[1/" not in refused.err
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_that_is_there_is_shown_without_naming_the_data_root_again(file):
+    run(file).ok()
+    program.call("grid", file, "-o", file.parent / "runs").ok()
+
+
 def test_a_cell_can_build_on_the_run_of_another_with_the_same_seed_and_fold(tmp_path):
     below, above = grid.Cell(recipe="a"), grid.Cell(recipe="b", set=("method.encoder_run=@one x",))
     made = grid.Grid(

@@ -34,6 +34,15 @@ class _Kind(Section):
     reads_dialogues: ClassVar[bool] = False
     """Whether it reads all turns of a dialogue at once; `train.batch_size` counts dialogues."""
 
+    @property
+    def below(self) -> dict[str, str]:
+        """The finished runs that it builds on.
+
+        By the folder of its own run's `adapter/` that keeps what they had learned; the recipe's
+        key is this name and `_run`.
+        """
+        return {}
+
 
 class Majority(_Kind):
     """The most frequent class of the training rows, for everything."""
@@ -109,6 +118,11 @@ class RobertaCnnLstm(_Kind):
     network: RobertaCnnLstmSettings
     """Sizes, dropout, ablations."""
 
+    @property
+    def below(self) -> dict[str, str]:
+        """The encoder's run."""
+        return {"encoder": self.encoder_run}
+
 
 class Ilt(_Kind):
     """An LSTM and a transformer beside each other on log-mels, and its baselines (paper 004)."""
@@ -160,6 +174,12 @@ class Fusion(_Kind):
     """The finished run that hears; without it, the fusion reads only."""
     network: FusionSettings
     """Sizes, dropout."""
+
+    @property
+    def below(self) -> dict[str, str]:
+        """The run that reads, the run that hears, or both."""
+        named = {"text": self.text_run, "audio": self.audio_run}
+        return {name: run for name, run in named.items() if run is not None}
 
 
 Kind = Majority | Linear | TextCnn | Encoder | RobertaCnnLstm | Ilt | Cat | SpeechEncoder | Fusion
