@@ -1,9 +1,12 @@
 """The machine that a job runs on: its processes, its terminal, its disk."""
 
 import contextlib
+import ctypes
 import errno
+import gc
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,20 +34,40 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def peak_memory() -> int | None:
-    """Return the most memory that this process has held, in bytes.
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory that this process holds from `begin` on.
 
-    Of the GPU where there is one, else of the process, all that was loaded before included; None
-    where the system does not tell.
+    Of the GPU, in tensors, where it holds any. Else resident memory, which begins with what is held
+    already: libraries, and models that are still in use.
     """
-    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
-        return held
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+
+    begun: bool = False
+
+    @classmethod
+    def begin(cls) -> "PeakMemory":
+        """Forget what was held before, where the system can."""
+        gc.collect()  # a trainer refers to itself, and lives until this
+        processes()  # it chooses this process's GPU
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):  # only glibc's holds what was freed
+                ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5", "ascii")  # sets VmHWM to VmRSS
+        except OSError:
+            return cls()
+        return cls(begun=True)
+
+    def read(self) -> int | None:
+        """Return the peak so far, in bytes; None where the system cannot begin anew."""
+        if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+            return held
+        if not self.begun:
+            return None
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 @contextlib.contextmanager

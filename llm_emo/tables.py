@@ -110,32 +110,39 @@ def show_training(result: dict[str, Any]) -> None:
 
 
 def show_grids(result: dict[str, Any]) -> None:
-    """Print the tables of grids."""
+    """Print the tables of grids: what was reached, and what it took."""
     console = _console()
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=160)  # a file has no edge
+        console = Console(highlight=False, soft_wrap=True, width=100)  # a file has no edge
     for grid in result["grids"]:
-        rows = grid["cells"][0]["n"]
-        console.print(f"{escape(grid['title'])}", style="bold")
+        rows, even = grid["cells"][0]["n"], len(grid["seeds"]) > 1
+        console.print(f"{escape(grid['title'])}", style="bold", soft_wrap=False)
         console.print(
             f"{grid['protocol']}, {grid['split']} split, {rows} rows, "
             f"seeds {', '.join(map(str, grid['seeds']))}"
             + ("" if grid["folds"] is None else f", {len(grid['folds'])} folds together")
-            + f"; 95 % intervals {grid['interval']}"
+            + f"; 95 % intervals {grid['interval']}",
+            soft_wrap=False,
         )
-        table = Table("", *grid["metrics"], "parameters", "s/epoch", "rows/s")
+        reached, took = Table(""), Table("", "parameters", "s/epoch", "rows/s", "memory")
+        for name in grid["metrics"]:
+            reached.add_column(escape(name), no_wrap=True)  # the names of cells make room
         for cell in grid["cells"]:
-            even = len(grid["seeds"]) > 1
-            values = [_with_interval(cell["metrics"][name], even) for name in grid["metrics"]]
+            name = escape(cell["cell"])
+            reached.add_row(
+                name, *(_with_interval(cell["metrics"][metric], even) for metric in grid["metrics"])
+            )
             seconds, rate = cell["seconds_per_epoch"], cell["examples_per_second"]
-            table.add_row(
-                escape(cell["cell"]),
-                *values,
+            memory = cell["peak_memory_bytes"]
+            took.add_row(
+                name,
                 f"{cell['trainable_parameters']:,}",
                 "" if seconds is None else f"{seconds:.1f}",
                 "" if rate is None else f"{rate:.0f}",
+                "" if memory is None else _size(memory),
             )
-        console.print(table)
+        console.print(reached)
+        console.print(took)
         for cell in grid["cells"]:
             if cell["fusion_weights"]:
                 shares = (f"{name} {share:.2f}" for name, share in cell["fusion_weights"].items())

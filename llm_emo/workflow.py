@@ -1,13 +1,14 @@
 """Train: an experiment, a model and a run folder brought together."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
 from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment, dialogues_of
 from llm_emo.labelling import Labeller, open_labeller
-from llm_emo.machine import peak_memory, processes, say, writing
+from llm_emo.machine import PeakMemory, processes, say, writing
 from llm_emo.models import auto
 from llm_emo.protocols import Protocol
 from llm_emo.steps import Steps
@@ -132,6 +133,8 @@ class Job:
     """What the run folder says of model and rows."""
     learned: Callable[[], Mapping[str, Any]] = dict
     """Gives what it says of the trained parameters."""
+    peak: PeakMemory = field(default_factory=PeakMemory)
+    """Of memory, since the model was opened."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Fitted:
     seconds: float
     keep: Callable[[Path], None]
     facts: Mapping[str, Any]
+    peak: PeakMemory = field(default_factory=PeakMemory)
 
 
 def prepare(experiment: AnyExperiment) -> Job | Fitted:
@@ -153,6 +157,11 @@ def prepare(experiment: AnyExperiment) -> Job | Fitted:
         ModelError: the model cannot be used.
         PromptError: an example leaves no room for its answer.
     """
+    peak = PeakMemory.begin()
+    return dataclasses.replace(_prepare(experiment), peak=peak)
+
+
+def _prepare(experiment: AnyExperiment) -> Job | Fitted:
     settings = experiment.recipe.train
     if isinstance(experiment, BaselineExperiment) and settings is None:
         from llm_emo.baselines import fitting
@@ -305,7 +314,7 @@ def _summary(trainer: training.EmoTrainer, job: Job) -> dict[str, Any]:
         **job.learned(),
         **trainer.counts(),
         "seconds_per_epoch": trainer.totals["seconds"] / epochs if epochs else None,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": job.peak.read(),
     }
 
 
@@ -323,7 +332,7 @@ def _keep_fitted(job: Fitted, run: runs.Run) -> dict[str, Any]:
         "tokens_saved": 0,
         "examples_per_second": job.rows / job.seconds,
         "seconds_per_epoch": job.seconds,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": job.peak.read(),
     }
     state = processes()
     with writing(run.folder, "make room and begin anew"):

@@ -6,6 +6,7 @@ import program
 import pytest
 
 from llm_emo import grid, recipes
+from llm_emo.machine import PeakMemory
 
 TABLE = """
 title: two floors
@@ -143,6 +144,29 @@ def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_
 
 def test_an_unknown_grid_names_the_nearest():
     program.call("grid", "mastodn").refused("mastodn", "no such file or shipped grid")
+
+
+def test_what_a_run_held_is_not_what_ran_before_it_held(file):
+    held = bytearray(500 * 2**20)
+    before = PeakMemory.begin().read()
+    del held
+    if before is None:
+        pytest.skip("only Linux can forget a peak")
+    [made] = json.loads(run(file, "--json").ok().out)["grids"]
+    for cell in made["cells"]:
+        assert 2**20 < cell["peak_memory_bytes"] < before - 300 * 2**20
+
+
+@pytest.mark.parametrize("seeds", ["[0]", "[0, 1]"])
+def test_a_table_is_shown_with_what_it_took_in_100_columns(file, seeds):
+    text = TABLE.replace("[0, 1]", seeds).replace("two floors", "two floors " * 10)
+    text = text.replace('"linear"', '"TF-IDF of words, logistic regression, 28"')
+    file.write_text(text.replace('[accuracy, "f1', '[accuracy, macro_f1, weighted_f1, "f1'))
+    out = run(file).ok().out
+    assert max(map(len, out.splitlines())) <= 100
+    for title in ("accuracy", "f1:neutral", "parameters", "s/epoch", "rows/s", "memory"):
+        assert title in out
+    assert ("±" in out) == (seeds == "[0, 1]")
 
 
 def test_some_seeds_of_a_grid_can_be_run_and_the_others_later(file):
