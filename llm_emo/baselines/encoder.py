@@ -20,22 +20,18 @@ Letters: B texts, T tokens, H hidden units, F features (4H or H), C classes.
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from llm_emo.baselines import minilm
+from llm_emo.baselines import minilm, pretrained
 from llm_emo.baselines.acoustic import mean_over_time
 from llm_emo.baselines.settings import EncoderSettings
-from llm_emo.errors import JobFailed, ModelError
+from llm_emo.errors import ModelError
 
 Floats = np.typing.NDArray[np.float32]
 
@@ -155,6 +151,24 @@ def network(
     return make(encoder, settings, classes)
 
 
+def _alone(name: str, config: PreTrainedConfig) -> None:
+    """Refuse an encoder that comes with a decoder."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{name}: a model of type {config.model_type} is an encoder with a decoder behind it; "
+            f"expected an encoder alone; take an {SUCH_AS}"
+        )
+
+
+TEXT = pretrained.Kind(
+    what="an encoder",
+    names=f"a local encoder, {minilm.NAME!r} (bundled)",
+    front=AutoTokenizer,
+    spare="pooler",
+    settle=_alone,
+)
+
+
 def load(
     name: str, settings: EncoderSettings, pooling: Pooling, *, revision: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -171,41 +185,7 @@ def load(
         JobFailed: the hub, or the package index, cannot be reached.
     """
     source = str(minilm.folder()) if name == minilm.NAME else name
-    if revision is None and not (Path(source) / "config.json").is_file():
-        raise ModelError(
-            f"{name!r} is no folder with a config.json; name a local encoder, {minilm.NAME!r} "
-            "(bundled), or a Hugging Face id with its revision"
-        )
-    where: dict[str, Any] = {"trust_remote_code": False}
-    where |= {"local_files_only": True} if revision is None else {"revision": revision}
-    if not sys.stderr.isatty():  # in a log file a bar is noise
-        logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        config = AutoConfig.from_pretrained(source, **where)
-        if config.is_encoder_decoder:
-            raise ModelError(
-                f"{name}: a model of type {config.model_type} is an encoder with a decoder behind "
-                f"it; expected an encoder alone; take an {SUCH_AS}"
-            )
-        # A pickled checkpoint is code.
-        encoder, info = AutoModel.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:400]
-        if revision is not None and ("connect" in text or "offline" in text):
-            raise JobFailed(
-                f"{name}: the Hugging Face hub cannot be reached; download the encoder elsewhere "
-                "and name its folder"
-            ) from error
-        raise ModelError(f"{name}: cannot be loaded as an encoder: {text}") from error
-    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    if missing:  # transformers fills them with random numbers and goes on
-        raise ModelError(
-            f"{name}: its checkpoint lacks {len(missing)} of the encoder's tensors, such as "
-            f"{min(missing)}; is it complete, and an encoder?"
-        )
+    encoder, tokenizer = pretrained.load(TEXT, name, revision, source=source)
     require_whole_texts(name, encoder)
     require_features(name, encoder, tokenizer, settings, pooling)
     return encoder, tokenizer

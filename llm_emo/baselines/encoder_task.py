@@ -1,8 +1,6 @@
 """Method `encoder`: a transformers encoder, fine-tuned as a sentence classifier.
 
-A run keeps all that it needs in `adapter/`: config.json and the tokenizer's files as transformers
-writes them, and classifier.safetensors, encoder and head together. Nothing is asked of the place
-that the encoder once came from.
+A run keeps all that it needs in `adapter/` (`pretrained`).
 """
 
 import hashlib
@@ -13,18 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from llm_emo.baselines import encoder, features
+from llm_emo.baselines import encoder, features, pretrained
 from llm_emo.baselines.classifier import Classifier, Encoding, Item
 from llm_emo.baselines.kinds import Encoder
-from llm_emo.baselines.storage import load_weights, save_weights
-from llm_emo.errors import ModelError
 from llm_emo.experiment import BaselineExperiment
-from llm_emo.machine import writing
 from llm_emo.types import Row, Split
-
-WEIGHTS = "classifier.safetensors"
 
 TOKENS_PER_PASS = 4096
 """Of the pass that features come from, padding included."""
@@ -67,10 +59,7 @@ class EncoderClassifier(Classifier):
 
     def save(self, folder: Path) -> None:
         """Write config, tokenizer and weights."""
-        with writing(folder, "make room, or name another folder"):
-            self.model.encoder.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        save_weights(folder / WEIGHTS, self.model)
+        pretrained.save(folder, self.model, self.tokenizer)
 
     def facts(self) -> dict[str, Any]:
         """Return the encoder, its parameters without the head, and the texts that were cut."""
@@ -138,17 +127,9 @@ def load(method: Encoder, experiment: BaselineExperiment, folder: Path) -> Encod
         ModelError: a file is absent, damaged, or belongs to other settings.
     """
     names = experiment.labels.names
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"{folder}: its encoder cannot be read: {text}") from error
-    # Numbers are drawn for weights that are then read: nobody's randomness depends on them.
-    with torch.random.fork_rng(devices=[]):
-        base = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        made = encoder.network(base, method.head, method.pooling, classes=len(names))
-    load_weights(folder / WEIGHTS, made)
-    return EncoderClassifier(names, method, made.eval(), tokenizer)
+    made, tokenizer = pretrained.read(
+        encoder.TEXT,
+        folder,
+        lambda base: encoder.network(base, method.head, method.pooling, classes=len(names)),
+    )
+    return EncoderClassifier(names, method, made, tokenizer)

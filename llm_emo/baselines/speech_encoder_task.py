@@ -12,36 +12,24 @@ spectrum. Where the paper is silent:
   trained; dev and predictions hear every clip by itself, so that no other row decides what is said
   of it.
 
-A run keeps in `adapter/` config.json and preprocessor_config.json as transformers writes them, and
-the weights of encoder and head. Nothing is asked of the place that the encoder once came from.
+A run keeps all that it needs in `adapter/` (`pretrained`).
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoFeatureExtractor, PreTrainedConfig, PreTrainedModel
 
-from llm_emo.baselines import audio, fusion, sounds
+from llm_emo.baselines import audio, fusion, pretrained, sounds
 from llm_emo.baselines.classifier import Classifier, Encoding, Item
 from llm_emo.baselines.kinds import SpeechEncoder
-from llm_emo.baselines.storage import load_weights, save_weights
-from llm_emo.errors import JobFailed, ModelError
-from llm_emo.machine import writing
+from llm_emo.errors import ModelError
 from llm_emo.types import Row, Split
 
 if TYPE_CHECKING:
     from llm_emo.experiment import BaselineExperiment
-
-WEIGHTS = "classifier.safetensors"
-
-UNUSED = ("masked_spec_embed",)
-"""What a checkpoint may lack: it is SpecAugment's."""
 
 
 class SpeechEncoderClassifier(Classifier):
@@ -98,10 +86,7 @@ class SpeechEncoderClassifier(Classifier):
 
     def save(self, folder: Path) -> None:
         """Write config, feature extractor and weights."""
-        with writing(folder, "make room, or name another folder"):
-            self.model.encoder.config.save_pretrained(folder)
-            self.extractor.save_pretrained(folder)
-        save_weights(folder / WEIGHTS, self.model)
+        pretrained.save(folder, self.model, self.extractor)
 
     def facts(self) -> dict[str, Any]:
         """Return the encoder, its parameters without the head, and the clips that were heard."""
@@ -126,7 +111,8 @@ def create(method: SpeechEncoder, experiment: "BaselineExperiment") -> SpeechEnc
         JobFailed: the hub cannot be reached.
     """
     names = experiment.labels.names
-    encoder, extractor = _pretrained(method.name, method.revision)
+    encoder, extractor = pretrained.load(SOUND, method.name, method.revision)
+    _require_sound(method.name, encoder, extractor)
     model = fusion.AudioClassifier(encoder, len(names), method.head.dropout)
     return SpeechEncoderClassifier(names, method, model, extractor)
 
@@ -140,57 +126,34 @@ def load(
         ModelError: a file is absent, damaged, or belongs to other settings.
     """
     names = experiment.labels.names
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        extractor = AutoFeatureExtractor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"{folder}: its encoder cannot be read: {text}") from error
-    with torch.random.fork_rng(devices=[]):  # drawn only to be read over
-        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        model = fusion.AudioClassifier(encoder, len(names), method.head.dropout)
-    load_weights(folder / WEIGHTS, model)
-    return SpeechEncoderClassifier(names, method, model.eval(), extractor)
+    model, extractor = pretrained.read(
+        SOUND, folder, lambda base: fusion.AudioClassifier(base, len(names), method.head.dropout)
+    )
+    return SpeechEncoderClassifier(names, method, model, extractor)
 
 
-def _pretrained(name: str, revision: str | None) -> tuple[PreTrainedModel, Any]:
-    """Return a speech model of transformers and its feature extractor."""
-    if revision is None and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"{name!r} is no folder with a config.json; name a local speech encoder, or a Hugging "
-            "Face id with its revision"
-        )
-    where: dict[str, Any] = {"trust_remote_code": False}
-    where |= {"local_files_only": True} if revision is None else {"revision": revision}
-    if not sys.stderr.isatty():  # in a log file a bar is noise
-        logging.disable_progress_bar()
-    try:
-        extractor = AutoFeatureExtractor.from_pretrained(name, **where)
-        config = AutoConfig.from_pretrained(name, **where)
-        for key, off in (("apply_spec_augment", False), ("layerdrop", 0.0)):
-            if hasattr(config, key):
-                setattr(config, key, off)
-        # A pickled checkpoint is code.
-        model, info = AutoModel.from_pretrained(
-            name, config=config, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True, **where,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:400]
-        if revision is not None and ("connect" in text or "offline" in text):
-            raise JobFailed(
-                f"{name}: the Hugging Face hub cannot be reached; download the encoder elsewhere "
-                "and name its folder"
-            ) from error
-        raise ModelError(f"{name}: cannot be loaded as a speech encoder: {text}") from error
-    missing = [key for key in info["missing_keys"] if not key.endswith(UNUSED)]
-    if missing:  # transformers fills them with random numbers and goes on
-        raise ModelError(
-            f"{name}: its checkpoint lacks {len(missing)} of the encoder's tensors, such as "
-            f"{min(missing)}; is it complete, and a speech encoder?"
-        )
+def _learns_whole(name: str, config: PreTrainedConfig) -> None:
+    """Turn off what would hide parts of a clip, or of the encoder, from a step."""
+    for key, off in (("apply_spec_augment", False), ("layerdrop", 0.0)):
+        if hasattr(config, key):
+            setattr(config, key, off)
+
+
+SOUND = pretrained.Kind(
+    what="a speech encoder",
+    names="a local speech encoder",
+    front=AutoFeatureExtractor,
+    spare="masked_spec_embed",  # SpecAugment's
+    settle=_learns_whole,
+)
+
+
+def _require_sound(name: str, model: PreTrainedModel, extractor: Any) -> None:
+    """Hold that a model reads the program's sound, and says how many frames it makes of it.
+
+    Raises:
+        ModelError: it does neither.
+    """
     heard = getattr(extractor, "sampling_rate", None)
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     if heard != audio.SAMPLE_RATE or not hasattr(encoder, "_get_feat_extract_output_lengths"):
@@ -198,4 +161,3 @@ def _pretrained(name: str, revision: str | None) -> tuple[PreTrainedModel, Any]:
             f"{name}: {type(model).__name__} reads no sound of {audio.SAMPLE_RATE:,} samples a "
             "second; take Wav2Vec2, HuBERT, WavLM or Whisper"
         )
-    return model, extractor
