@@ -25,7 +25,8 @@ def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> AnyExper
     """Prepare a run's experiment again, from its own recipe and prompt.
 
     Raises:
-        RunError: the corpus files are not those that the run was begun with.
+        RunError: the corpus files are not those that the run was begun with, or the protocol has
+            other classes by now.
     """
     recipe = recipes.load(str(run.folder / "recipe.yaml"), [*run.overrides, *overrides])
     recorded = run.environment
@@ -33,6 +34,13 @@ def from_run(run: runs.Run, overrides: list[str], root: Path | None) -> AnyExper
     experiment: AnyExperiment
     if isinstance(recipe, recipes.BaselineRecipe):
         experiment = BaselineExperiment.prepare(recipe, found)
+        # An LLM's labels are in its adapter's fingerprint.
+        if run.classes != experiment.labels.names:
+            raise RunError(
+                f"{run.folder}: learned the classes {', '.join(run.classes)}, and the protocol "
+                f"{experiment.protocol.name} has {', '.join(experiment.labels.names)}; train it "
+                "again, or use the version of llm_emo that it was trained with"
+            )
     else:
         begun, prompt = run.recipe, None
         if isinstance(begun, recipes.Recipe) and recipe.prompt.name == begun.prompt.name:

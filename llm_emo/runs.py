@@ -84,6 +84,14 @@ class Run:
         return content
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order that the run learned them in."""
+        content = self._json("labels.json", dict)
+        if not isinstance(names := content.get("names"), list):
+            raise RunError(f"{self.folder / 'labels.json'}: lacks names; the run folder is damaged")
+        return tuple(map(str, names))
+
+    @property
     def id(self) -> str:
         """The run's identity, which predictions carry."""
         return str(self.environment["run"])

@@ -90,6 +90,7 @@ def open_run(folder: str, experiment: BaselineExperiment) -> Opened:
         ("fold", experiment.recipe.data.fold, below.recipe.data.fold),
         ("seed", experiment.recipe.seed, below.recipe.seed),
         ("rows", _rows(experiment), _rows(below)),
+        ("data.limit", _limited(experiment), _limited(below)),
     ):
         if own != theirs:
             raise RunError(
@@ -103,6 +104,12 @@ def open_run(folder: str, experiment: BaselineExperiment) -> Opened:
             f"{folder}: method {below.recipe.method.kind} gives no features to build on"
         )
     return Opened(run, below, classifier)
+
+
+def _limited(experiment: BaselineExperiment) -> str:
+    """Say how many rows are left for training; seed and rows being the same, it says which."""
+    train, dev = (len(experiment.rows(split)) for split in ("train", "dev"))
+    return f"{train} train and {dev} dev rows"
 
 
 def _rows(experiment: BaselineExperiment) -> list[list[str]]:
