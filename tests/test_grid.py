@@ -5,7 +5,8 @@ import json
 import program
 import pytest
 
-from llm_emo import grid, recipes
+from llm_emo import experiment, grid, recipes
+from llm_emo.errors import ProtocolError
 from llm_emo.machine import PeakMemory
 
 TABLE = """
@@ -140,6 +141,18 @@ def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_
         for place in grid.places(made, tmp_path)
     }
     assert len(protocols) == 1
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_every_shipped_grid_finds_its_rows_classes_and_folds(name, tmp_path, shared_data):
+    _, made = grid.load(name)
+    recipe = grid.check(made, tmp_path, shared_data)[0]
+    if made.folds is not None:  # every row is tested once, or a number is of some of them only
+        assert list(made.folds) == list(range(len(made.folds)))
+        data = recipe.data.model_copy(update={"fold": len(made.folds)})
+        beyond = recipe.model_copy(update={"data": data})
+        with pytest.raises(ProtocolError, match="fold"):
+            experiment.prepare(beyond, shared_data)
 
 
 def test_an_unknown_grid_names_the_nearest():

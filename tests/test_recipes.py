@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
-from llm_emo import datasets, prompts, protocols, recipes, resources
+from llm_emo import datasets, grid, prompts, protocols, recipes, resources
 from llm_emo.errors import RecipeError
 
 SHIPPED = recipes.names()
@@ -162,10 +162,21 @@ def test_a_shipped_file_names_its_schema_and_says_what_it_shows(name):
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_every_shipped_recipe_has_one_row_in_the_table():
+def test_every_shipped_recipe_and_grid_has_one_row_in_the_tables():
     table = (resources.folder("recipes") / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w/]+)` \|", table, re.MULTILINE)
-    assert sorted(rows) == list(SHIPPED)
+    assert sorted(rows) == sorted([*SHIPPED, *(f"grids/{name}" for name in grid.names())])
+
+
+@pytest.mark.parametrize("part", ["cnn_lstm", "residual"])
+def test_an_ablation_leaves_out_what_its_name_says_and_changes_nothing_else(part):
+    whole, ablation = (
+        document("meld/roberta_cnn_lstm"),
+        document(f"meld/roberta_cnn_lstm_no_{part}"),
+    )
+    assert whole["method"]["network"].pop(part) is True
+    assert ablation["method"]["network"].pop(part) is False
+    assert ablation == whole
 
 
 def test_the_schema_file_is_the_one_the_models_give():
