@@ -203,13 +203,15 @@ def recall(place: Place) -> Facts | None:
 def keep(place: Place, shape: Shape, encoder: Encoder) -> None:
     """Write down what was found; where the cache folder cannot be written, nothing is.
 
+    A tokenizer that cannot be probed is left out: what only spares time must not end a run.
+
     Args:
         place: Where.
         shape: The model's.
         encoder: Of the model's own tokenizer.
     """
     path = place.file
-    body = json.dumps({**asdict(shape), "tokenizer": _content(encoder, place.system)}).encode()
+    body = json.dumps({**asdict(shape), "tokenizer": _probed(encoder, place.system)}).encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # nothing is lost but the seconds that asking takes
         path.parent.mkdir(exist_ok=True)
@@ -224,6 +226,25 @@ def keep(place: Place, shape: Shape, encoder: Encoder) -> None:
         used = sorted(path.parent.glob("[!.]*"), key=lambda file: file.stat().st_mtime)
         for file in used[:-FILES]:
             file.unlink(missing_ok=True)
+
+
+def _probed(encoder: Encoder, system: str | None) -> dict[str, Any] | None:
+    """Return `_content`, or None for a tokenizer that refuses a chat or a text that no row has.
+
+    Its recipe's rows were encoded, so the run may go on; only the next check asks again.
+    """
+    from jinja2 import TemplateError  # whoever asked a tokenizer has it loaded
+
+    try:
+        return _content(encoder, system)
+    except (ModelError, TemplateError, TypeError, ValueError):  # of templates, of transformers
+        return None
+    except Exception as error:
+        # tokenizers has no class of its own for what it refuses: it raises the bare one. What is
+        # of another class is a mistake here, and not hidden.
+        if type(error) is not Exception:
+            raise
+        return None
 
 
 def _content(encoder: Encoder, system: str | None) -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ import torch
 from hypothesis import example as also
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_emo import encoded_rows, fetch, inspection, opening, recipes
 from llm_emo.encoding import Encoder
@@ -104,6 +106,46 @@ def test_a_tokenizer_without_a_rust_part_is_not_kept():
         chat_template = None
 
     assert facts._content(Encoder(Plain(), 64), None) is None
+
+
+def wary():
+    """A tokenizer whose template demands the system turn that the recipe's prompt has."""
+    return tiny.tokenizer(
+        template="{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}"
+        "{% endif %}" + tiny.TEMPLATE
+    )
+
+
+def narrow():
+    """A tokenizer that has a few words, and no token for others."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "anger", "a", "b"]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize(("made", "says"), [(wary, "no system turn"), (narrow, "Missing")])
+def test_a_tokenizer_that_refuses_to_be_probed_ends_no_run(made, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "cache"))
+    encoder = Encoder(made(), 64)
+    with pytest.raises(Exception, match=says):
+        facts._content(encoder, "You are brief.")
+    place = facts.place(program.save_model(tmp_path / "model"), "You are brief.")
+    facts.keep(place, facts.Shape("llama", 320, ("q_proj",)), encoder)
+    known = facts.recall(place)
+    assert known.shape == facts.Shape("llama", 320, ("q_proj",))
+    assert known.tokenizer is None, "the next check asks again"
+
+
+def test_a_mistake_in_the_probing_is_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "cache"))
+
+    def mistaken(encoder, system):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(facts, "_content", mistaken)
+    place = facts.place(program.save_model(tmp_path / "model"), None)
+    with pytest.raises(AttributeError):
+        facts.keep(place, facts.Shape("llama", 320, ()), Encoder(tiny.tokenizer(), 64))
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
