@@ -67,8 +67,6 @@ def test_the_second_run_finds_the_features_of_the_first(below, tmp_path):
     [
         ("friends/roberta_cnn_lstm", ("data.protocol=friends4",), "another protocol"),
         ("friends/roberta_cnn_lstm", ("seed=1",), "another seed"),
-        ("friends/roberta_cnn_lstm", ("data.limit={train: 5}",), "data.limit"),
-        ("friends/roberta_cnn_lstm", ("data.limit={dev: 1}",), "expected 10 train and 1 dev rows"),
         ("mastodon/roberta_cnn_lstm", (), "another protocol"),
     ],
 )
