@@ -6,6 +6,7 @@ A run keeps all that it needs in `adapter/` (`pretrained`).
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,19 @@ class EncoderClassifier(Classifier):
         these may be turns that the protocol does not score.
         """
         ids = self._ids(rows, split)
-        # The ids hold all that a tokenizer decides.
-        key = {
-            "kind": f"encoder, {self.method.pooling}",
-            "weights": features.fingerprint(self.model),
-            "input_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        }
         uids = [row.utterance.uid for row in rows]
+        key = partial(self._key, ids)
         kept = torch.tensor(features.cached(key, uids, lambda: self._extract(ids)))
         width = encoder.width(self.model)
         return Encoding(kept[:, :width], kept[:, width:])
+
+    def _key(self, ids: Sequence[Sequence[int]]) -> features.Key:
+        return {
+            "kind": f"encoder, {self.method.pooling}",
+            "weights": features.fingerprint(self.model),
+            # They hold all that a tokenizer decides.
+            "input_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        }
 
     def _extract(self, ids: Sequence[Sequence[int]]) -> encoder.Floats:
         self.encoded += len(ids)

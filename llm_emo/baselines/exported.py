@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llm_emo import protocols, runs
-from llm_emo.baselines import kinds, opening
+from llm_emo.baselines import features, kinds, opening
 from llm_emo.errors import ModelError
 from llm_emo.experiment import BaselineExperiment
 from llm_emo.folders import appearing
@@ -87,7 +87,8 @@ class Exported:
             Row(utterance, self.names[0], tuple(said[:number]) if dialogue else ())
             for number, utterance in enumerate(said)
         ]
-        found = dict(self.model.probabilities(rows, "test")) if rows else {}
+        with features.unkept():
+            found = dict(self.model.probabilities(rows, "test")) if rows else {}
         return [
             Labelled(
                 self.names[max(range(len(shares)), key=shares.__getitem__)],

@@ -4,10 +4,12 @@ A file is named after a hash of everything that decides its numbers, and holds a
 It appears when it is complete; one that is damaged all the same is made again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,22 @@ VERSION = 1
 """Of the file's form and of what is computed; a change makes every file anew."""
 
 
+_keeping: ContextVar[bool] = ContextVar("_keeping", default=True)
+
+
+@contextlib.contextmanager
+def unkept() -> Iterator[None]:
+    """Have features computed, and neither looked up nor kept, while this is entered.
+
+    What a deployed model reads comes once, and would only fill its user's disk.
+    """
+    before = _keeping.set(False)
+    try:
+        yield
+    finally:
+        _keeping.reset(before)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
@@ -38,7 +56,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def cached(
-    key: Key,
+    key: Callable[[], Key],
     uids: Sequence[str],
     compute: Callable[[], Floats],
     *,
@@ -46,21 +64,24 @@ def cached(
 ) -> Floats:
     """Return one feature vector a row, shape (N, D), from the cache or computed and kept there.
 
-    Two processes that start at once compute once.
+    Two processes that start at once compute once. Within `unkept`, they are just computed.
 
     Args:
-        key: everything that the numbers depend on: weights, tokenizer, texts, length.
+        key: gives everything that the numbers depend on: weights, tokenizer, texts, length; not
+            asked within `unkept`, because hashing weights may take longer than reading a text.
         uids: of the rows, in their order; part of the key.
         compute: gives the features, shape (N, D), float32.
         folder: where files are kept; the program's cache folder by default.
 
     Returns:
-        An array that reads the file as it is used; it cannot be written.
+        An array that may read the file as it is used; not to be written.
 
     Raises:
         JobFailed: the disk is full or cannot be written.
     """
-    whole = {"version": VERSION, "key": dict(key), "uids": list(uids)}
+    if not _keeping.get():
+        return _computed(uids, compute)
+    whole = {"version": VERSION, "key": dict(key()), "uids": list(uids)}
     name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
     folder = folder or fetch.cache_dir() / "features"
     path = folder / f"{name}.arrow"
@@ -71,10 +92,15 @@ def cached(
         with FileLock(f"{path}.lock"):
             if (found := _read(path, uids)) is not None:
                 return found
-            features = np.ascontiguousarray(compute(), dtype=np.float32)
-            if features.ndim != 2 or len(features) != len(uids):
-                raise ValueError(f"features of shape {features.shape} for {len(uids)} rows")
+            features = _computed(uids, compute)
             _write(path, uids, features)
+    return features
+
+
+def _computed(uids: Sequence[str], compute: Callable[[], Floats]) -> Floats:
+    features = np.ascontiguousarray(compute(), dtype=np.float32)
+    if features.ndim != 2 or len(features) != len(uids):
+        raise ValueError(f"features of shape {features.shape} for {len(uids)} rows")
     return features
 
 

@@ -39,7 +39,7 @@ from llm_emo.baselines import sounds
 from llm_emo.baselines.acoustic import mean_over_time
 from llm_emo.baselines.audio import SAMPLE_RATE, WINDOW, Waveform, decode
 from llm_emo.baselines.classifier import Encoding
-from llm_emo.baselines.features import cached, fingerprint
+from llm_emo.baselines.features import Key, cached, fingerprint
 from llm_emo.baselines.speech_settings import FusionSettings
 
 
@@ -162,13 +162,16 @@ def encode_sounds(
     Raises:
         DatasetError: a file is absent or no sound.
     """
-    key = {
-        "kind": "speech encoder",
-        "weights": fingerprint(classifier),
-        "files": sounds.digest(files.values()),
-        "extractor": extractor.to_json_string(),
-        "max_samples": max_samples,
-    }
+
+    def key() -> Key:
+        return {
+            "kind": "speech encoder",
+            "weights": fingerprint(classifier),
+            "files": sounds.digest(files.values()),
+            "extractor": extractor.to_json_string(),
+            "max_samples": max_samples,
+        }
+
     # A generator: clips are decoded where they are not in the cache.
     rows = (audio_inputs(extractor, [decode(path)], max_samples) for path in files.values())
     kept = torch.tensor(

@@ -126,11 +126,14 @@ class SpeechClassifier(Classifier):
 
         They are computed once and kept in the cache.
         """
-        key = {
-            "kind": f"{self.method.kind} {self.method.network.model_dump_json()}",
-            "weights": features.fingerprint(self.model),
-            "files": sounds.digest(sounds.path_of(row) for row in rows),
-        }
+
+        def key() -> features.Key:
+            return {
+                "kind": f"{self.method.kind} {self.method.network.model_dump_json()}",
+                "weights": features.fingerprint(self.model),
+                "files": sounds.digest(sounds.path_of(row) for row in rows),
+            }
+
         uids = [row.utterance.uid for row in rows]
         kept = torch.tensor(features.cached(key, uids, lambda: self._extract(rows, split)))
         width = self.model.classify.in_features

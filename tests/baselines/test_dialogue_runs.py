@@ -9,6 +9,7 @@ from program import call, settings
 from test_encoder import save
 
 from llm_emo import datasets, protocols
+from llm_emo.baselines import exported
 
 SMALL = ("train.epochs=2", "train.batch_size=4", "train.micro_batch_size=4",
          "data.dev_fraction=0.3")  # fmt: skip
@@ -51,6 +52,19 @@ def test_a_run_predicts_every_scored_row_when_its_encoder_s_run_is_gone(below, t
     lines = (run / "test.predictions.jsonl").read_text().splitlines()[1:]
     assert sorted(json.loads(line)["uid"] for line in lines) == sorted(uids)
     call("evaluate", run, "--split", "test").ok()
+
+
+def test_an_exported_dialogue_network_labels_and_leaves_the_cache_as_it_was(
+    below, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    train("friends/roberta_cnn_lstm", run, f"method.encoder_run={below}", *NETWORK).ok()
+    call("export", run, "-o", tmp_path / "out").ok()
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "fresh"))
+    model = exported.load(tmp_path / "out")
+    said = model.label(["we are glad", "so sad"], dialogue=True)
+    assert said == model.label(["we are glad", "so sad"], dialogue=True)
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_the_second_run_finds_the_features_of_the_first(below, tmp_path):

@@ -25,7 +25,7 @@ class Encoder:
 
 
 def run(folder, encoder, *, key=KEY, uids=UIDS):
-    return features.cached(key, uids, encoder, folder=folder)
+    return features.cached(lambda: key, uids, encoder, folder=folder)
 
 
 def test_the_second_time_features_come_from_the_file(tmp_path):
@@ -38,6 +38,25 @@ def test_the_second_time_features_come_from_the_file(tmp_path):
     table = pa.ipc.open_file(file).read_all()
     assert table.column("uid").to_pylist() == UIDS
     assert table.column("features").to_pylist() == encoder().tolist()
+
+
+def test_what_is_not_to_be_kept_is_computed_without_a_key_and_leaves_no_file(tmp_path):
+    encoder, cache = Encoder(), tmp_path / "cache"
+    kept = run(tmp_path, encoder)
+
+    def unasked():
+        raise AssertionError("hashing weights takes long")
+
+    with features.unkept():
+        for _ in range(2):
+            found = features.cached(unasked, UIDS, encoder, folder=cache)
+            assert np.array_equal(found, kept)
+        with pytest.raises(ValueError, match="shape"):
+            features.cached(unasked, UIDS, Encoder(rows=2), folder=cache)
+    assert encoder.asked == 3
+    assert not cache.exists()
+    run(tmp_path, encoder)
+    assert encoder.asked == 3, "what was kept before is read again"
 
 
 @pytest.mark.parametrize(

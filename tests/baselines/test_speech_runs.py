@@ -75,7 +75,9 @@ def test_a_run_that_hears_is_predicted_and_exported(below, root, kind, tmp_path)
 
 
 @pytest.mark.parametrize("hears", ["ilt", "cat", "speech_encoder"])
-def test_a_fusion_learns_from_finished_runs_and_needs_them_no_more(below, root, hears, tmp_path):
+def test_a_fusion_learns_from_finished_runs_and_needs_them_no_more(
+    below, root, hears, tmp_path, monkeypatch
+):
     for name in ("text", hears):
         shutil.copytree(below / name, tmp_path / name)
     runs = (f"method.text_run={tmp_path / 'text'}", f"method.audio_run={tmp_path / hears}")
@@ -93,7 +95,9 @@ def test_a_fusion_learns_from_finished_runs_and_needs_them_no_more(below, root, 
     call("export", run, "-o", tmp_path / "out").ok()
     uid = min(first)
     given = (uid[2:5], root / "emodb" / "wav" / f"{uid}.wav")  # a sentence's code, and its sound
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path / "fresh"))
     (labelled,) = exported.load(tmp_path / "out").label([given])
+    assert not (tmp_path / "fresh").exists(), "what is deployed fills nobody's disk"
     assert labelled.probabilities == pytest.approx(first[uid], abs=1e-5)
 
 
