@@ -26,7 +26,6 @@ from llm_emo.errors import ModelError, RecipeError
 from llm_emo.types import Row, Split
 
 if TYPE_CHECKING:
-    from llm_emo.baselines.opening import Opened
     from llm_emo.experiment import BaselineExperiment
 
 WEIGHTS, SIZES = "fusion.safetensors", "sizes.json"
@@ -39,8 +38,7 @@ class FusionClassifier(Classifier):
     Args:
         names: C classes.
         model: the layers.
-        below: the frozen classifiers by the folder that each is kept in.
-        opened: the runs that they come from, where it is a new one.
+        below: the runs that it listens to, frozen, by the folder that each is kept in.
     """
 
     model: Fusion
@@ -50,11 +48,10 @@ class FusionClassifier(Classifier):
         names: Sequence[str],
         method: FusionMethod,
         model: Fusion,
-        below: Mapping[str, Classifier],
-        opened: Mapping[str, "Opened"],
+        below: Mapping[str, nested.Nested],
     ) -> None:
         super().__init__(names, model)
-        self.method, self.below, self.opened = method, dict(below), dict(opened)
+        self.method, self.below = method, dict(below)
 
     def items(self, rows: Sequence[Row], split: Split, *, augmented: bool) -> list[Item]:
         """Return one item a row; nothing is augmented."""
@@ -79,8 +76,8 @@ class FusionClassifier(Classifier):
         """Write the layers, and what the runs below had learned."""
         save_weights(folder / WEIGHTS, self.model)
         runs.write_json(folder / SIZES, {"inputs": self.model.inputs})
-        for name, run in self.opened.items():
-            nested.keep(run.run.adapter, run.experiment.recipe.method, folder / name)
+        for name, run in self.below.items():
+            nested.keep(run, folder / name)
 
     def facts(self) -> dict[str, Any]:
         """Return the runs below and the size of what they say of a row."""
@@ -90,9 +87,9 @@ class FusionClassifier(Classifier):
             "below": {
                 name: {
                     "run": named[name],
-                    "parameters": sum(p.numel() for p in classifier.model.parameters()),
+                    "parameters": sum(p.numel() for p in run.classifier.model.parameters()),
                 }
-                for name, classifier in self.below.items()
+                for name, run in self.below.items()
             },
         }
 
@@ -107,24 +104,22 @@ def create(method: FusionMethod, experiment: "BaselineExperiment") -> FusionClas
     """
     from llm_emo.baselines import opening  # it imports this module's neighbours as they are asked
 
-    opened = {}
+    below = {}
     for name, run in ((TEXT, method.text_run), (AUDIO, method.audio_run)):
         if run is None:
             continue
-        opened[name] = opening.open_run(run, experiment)
-        kind = opened[name].experiment.recipe.method
+        opened = opening.open_run(run, experiment)
+        kind = opened.experiment.recipe.method
         if kind.hears != (name == AUDIO):
             does, wanted = ("hears", "reads") if kind.hears else ("reads", "hears")
             raise RecipeError(
                 f"'method.{name}_run': {run} is a run of method {kind.kind}, which {does}; "
                 f"expected one that {wanted}"
             )
-    below = {name: run.classifier for name, run in opened.items()}
+        below[name] = nested.Nested(opened.run.adapter, kind, opened.classifier)
     inputs = _said(below.values(), experiment.rows("train"), "train").shape[1]
     names = experiment.labels.names
-    return FusionClassifier(
-        names, method, Fusion(method.network, inputs, len(names)), below, opened
-    )
+    return FusionClassifier(names, method, Fusion(method.network, inputs, len(names)), below)
 
 
 def load(method: FusionMethod, experiment: "BaselineExperiment", folder: Path) -> FusionClassifier:
@@ -147,13 +142,13 @@ def load(method: FusionMethod, experiment: "BaselineExperiment", folder: Path) -
     with torch.random.fork_rng(devices=[]):  # drawn only to be read over
         model = Fusion(method.network, inputs, len(names))
     load_weights(folder / WEIGHTS, model)
-    return FusionClassifier(names, method, model.eval(), below, {})
+    return FusionClassifier(names, method, model.eval(), below)
 
 
-def _said(below: Iterable[Classifier], rows: Sequence[Row], split: Split) -> Tensor:
+def _said(below: Iterable[nested.Nested], rows: Sequence[Row], split: Split) -> Tensor:
     """Return features and probabilities of all classifiers beside each other, shape (N, D)."""
     encodings = []
-    for classifier in below:
+    for classifier in (run.classifier for run in below):
         if torch.cuda.is_available():
             classifier.model.cuda()
         try:

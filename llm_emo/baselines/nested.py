@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,24 +25,44 @@ METHOD = "method.json"
 """The section `method` of the recipe that the run was trained by."""
 
 
-def keep(source: Path, method: kinds.Kind, folder: Path) -> None:
+@dataclass(frozen=True)
+class Nested:
+    """A finished run below another one.
+
+    `source` is the folder with what it has learned, `method` that section of its recipe.
+    """
+
+    source: Path
+    method: kinds.Kind
+    classifier: Classifier
+
+
+def keep(run: Nested, folder: Path) -> None:
     """Put what a finished run has learned into `folder`, which is made; linked where that works.
 
+    A source that has gone since is written anew from what was read of it.
+
     Args:
-        source: the run's adapter folder.
-        method: the section `method` of its recipe.
+        run: where it lies in `folder` itself, there is nothing to do.
         folder: where it goes; what lies there is removed.
 
     Raises:
         JobFailed: the disk is full or cannot be written.
     """
+    there = run.source.is_dir()
+    if there and folder.exists() and folder.samefile(run.source):
+        return
     with writing(folder, "make room, or name another folder"):
         if folder.exists():
             shutil.rmtree(folder)
-        shutil.copytree(source, folder, copy_function=_linked)
-        # Replaced, not written: where `source` has one, it is the same file under two names.
+        if there:
+            shutil.copytree(run.source, folder, copy_function=_linked)
+        else:
+            folder.mkdir(parents=True)
+            run.classifier.save(folder)
+        # Replaced, not written: where the source has one, it is the same file under two names.
         partial = folder / f".{METHOD}.tmp"
-        partial.write_text(method.model_dump_json(indent=2) + "\n", "utf-8")
+        partial.write_text(run.method.model_dump_json(indent=2) + "\n", "utf-8")
         partial.replace(folder / METHOD)
 
 
@@ -53,8 +74,8 @@ def _linked(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def read(folder: Path, experiment: "BaselineExperiment") -> Classifier:
-    """Return the classifier that `keep` put into `folder`.
+def read(folder: Path, experiment: "BaselineExperiment") -> Nested:
+    """Return the run that `keep` put into `folder`.
 
     Args:
         folder: of one run below.
@@ -77,4 +98,4 @@ def read(folder: Path, experiment: "BaselineExperiment") -> Classifier:
     made = module.load(method, experiment, folder)
     if not isinstance(made, Classifier):
         raise ModelError(f"{folder}: method {method.kind} gives no features to build on")
-    return made
+    return Nested(folder, method, made)

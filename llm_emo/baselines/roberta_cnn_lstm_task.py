@@ -106,7 +106,8 @@ class DialogueClassifier(Classifier):
     def save(self, folder: Path) -> None:
         """Write the weights, and take the encoder along."""
         save_weights(folder / WEIGHTS, self.model)
-        nested.keep(self.source, self.encoder.method, folder / ENCODER)
+        below = nested.Nested(self.source, self.encoder.method, self.encoder)
+        nested.keep(below, folder / ENCODER)
 
     def facts(self) -> dict[str, Any]:
         """Return the encoder, and of each split read its dialogues, turns and features' time."""
@@ -147,7 +148,7 @@ def load(
         ModelError: a file is absent, damaged, or of other settings.
     """
     source = folder / ENCODER
-    encoder = nested.read(source, experiment)
+    encoder = nested.read(source, experiment).classifier
     assert isinstance(encoder, EncoderClassifier)
     with torch.random.fork_rng(devices=[]):  # as there
         made = _network(method, encoder)
