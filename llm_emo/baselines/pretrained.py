@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llm_emo.baselines.storage import load_weights, save_weights
-from llm_emo.errors import JobFailed, ModelError
+from llm_emo.errors import ModelError
 from llm_emo.machine import writing
+from llm_emo.models import loading
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -68,7 +68,8 @@ def load(
     where |= {"local_files_only": True} if revision is None else {"revision": revision}
     if not sys.stderr.isatty():  # in a log file a bar is noise
         logging.disable_progress_bar()
-    try:
+    offline = None if revision is None else "download the encoder elsewhere and name its folder"
+    with loading.explained(name, kind=kind.what, offline=offline):
         front = kind.front.from_pretrained(source, **where)
         config = AutoConfig.from_pretrained(source, **where)
         kind.settle(name, config)
@@ -77,14 +78,6 @@ def load(
             source, config=config, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True, **where,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:400]
-        if revision is not None and ("connect" in text or "offline" in text):
-            raise JobFailed(
-                f"{name}: the Hugging Face hub cannot be reached; download the encoder elsewhere "
-                "and name its folder"
-            ) from error
-        raise ModelError(f"{name}: cannot be loaded as {kind.what}: {text}") from error
     missing = [key for key in info["missing_keys"] if kind.spare not in key.split(".")]
     if missing:  # transformers fills them with random numbers and goes on
         raise ModelError(
@@ -128,11 +121,12 @@ def read(
     try:
         config = AutoConfig.from_pretrained(folder, **where)
         front = kind.front.from_pretrained(folder, **where)
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"{folder}: its encoder cannot be read: {text}") from error
-    # Numbers are drawn for weights that are then read: nobody's randomness depends on them.
-    with torch.random.fork_rng(devices=[]):
-        made = network(AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False))
+        # Numbers are drawn for weights that are then read: nobody's randomness depends on them.
+        with torch.random.fork_rng(devices=[]):
+            base = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            made = network(base)
+    except loading.REFUSED as error:
+        reason = loading.reason(error)
+        raise ModelError(f"{folder}: its encoder cannot be read: {reason}") from error
     load_weights(folder / WEIGHTS, made)
     return made.eval(), front

@@ -1,5 +1,6 @@
 """Loading any causal LM of transformers, from disk or from the hub, never with remote code."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -10,16 +11,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from llm_emo import attention, recipes
 from llm_emo.encoding import Encoded
-from llm_emo.errors import JobFailed, ModelError
-from llm_emo.models import facts
+from llm_emo.errors import ModelError
+from llm_emo.models import facts, loading
 from llm_emo.models.source import locate, revision
 
 # Of the config, what a user may change without changing the function that is computed.
@@ -245,36 +245,11 @@ def _linear(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[2] for name in layers}))
 
 
-_EXPECTED = (
-    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
-
-
-class _explained:  # reads as a statement: `with _explained(spec)`
-    """Turn what transformers raises on loading into one message for the user."""
-
-    def __init__(self, spec: recipes.Model) -> None:
-        self.spec = spec
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, _EXPECTED) or isinstance(error, torch.OutOfMemoryError):
-            return
-        name = self.spec.name
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text or "custom code" in text:
-            raise ModelError(
-                f"{name}: its checkpoint asks to run code that it ships, which is never done "
-                "here; take a model whose architecture transformers has itself (ChatGLM2: "
-                "download it, and `llm-emo convert` makes one of it)"
-            ) from error
-        if self.spec.origin == "hub" and any(
-            word in text.lower() for word in ("connect", "offline", "resolve", "network", "timed")
-        ):
-            raise JobFailed(
-                f"{name}: the Hugging Face hub cannot be reached; download the model elsewhere "
-                "and name its folder with --set model.name=FOLDER --set model.revision=null"
-            ) from error
-        raise ModelError(f"{name}: cannot be loaded: {text[:400]}") from error
+def _explained(spec: recipes.Model) -> contextlib.AbstractContextManager[None]:
+    """Return what turns transformers' errors about a recipe's model into one message."""
+    instead = "download the model elsewhere and name its folder with --set model.name=FOLDER "
+    return loading.explained(
+        spec.name,
+        offline=f"{instead}--set model.revision=null" if spec.origin == "hub" else None,
+        native=" (ChatGLM2: download it, and `llm-emo convert` makes one of it)",
+    )

@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from llm_emo import attention, methods, recipes, trie
 from llm_emo.errors import ModelError
-from llm_emo.models import auto, bundled, quantised
+from llm_emo.models import auto, bundled, loading, quantised
 from llm_emo.models.chatglm2 import CHATGLM2_6B
 from llm_emo.models.ledger import CPU_KERNEL, CUDA_KERNEL, Ledger
 
@@ -56,9 +55,9 @@ def config_of(spec: recipes.Model) -> tuple[Any, bool]:
             return AutoConfig.for_model(**CHATGLM2_6B.native_config()), True
     try:
         found = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except loading.REFUSED as error:
         auto.load_tokenizer(spec)  # says in one message what is wrong with the folder or the hub
-        reason = " ".join(str(error).split())[:400]
+        reason = loading.reason(error)
         raise ModelError(f"{spec.name}: its config.json cannot be read: {reason}") from error
     return found, False
 

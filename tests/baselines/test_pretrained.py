@@ -1,5 +1,7 @@
 """What both kinds of encoder share: where they are found, what is said when they are not, a run."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,6 +87,56 @@ def test_a_pickled_checkpoint_is_not_read(kind, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"cannot be loaded as an? .*encoder"):
         pretrained.load(KINDS[kind], str(folder), None)
+
+
+def change(folder, **values):
+    """Write other values into a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+    return folder
+
+
+@each_kind
+def test_a_config_of_wrong_types_is_one_message(kind, tmp_path):
+    folder = change(made(tmp_path / "it", kind), hidden_size="16")
+    with pytest.raises(ModelError, match=r"it: cannot be loaded as an? .*encoder: .*hidden_size"):
+        pretrained.load(KINDS[kind], str(folder), None)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "damage",
+    [{"hidden_size": "16"}, {"num_attention_heads": 3}, {"hidden_act": "no such"}],
+    ids=str,
+)
+def test_a_run_with_a_damaged_config_is_named(kind, damage, tmp_path):
+    base, front = pretrained.load(KINDS[kind], str(made(tmp_path / "it", kind)), None)
+    run = tmp_path / "run"
+    run.mkdir()
+    pretrained.save(run, network(kind)(base), front)
+    with pytest.raises(ModelError, match=f"{run}: its encoder cannot be read"):
+        pretrained.read(KINDS[kind], change(run, **damage), network(kind))
+
+
+@each_kind
+@pytest.mark.parametrize("word", ["couldn't connect", "is offline", "read timed out"])
+def test_every_way_in_which_a_hub_is_away_counts(kind, word, monkeypatch):
+    def away(*names, **arguments):
+        raise OSError(f"Somewhere: {word}")
+
+    monkeypatch.setattr(KINDS[kind].front, "from_pretrained", away)
+    with pytest.raises(JobFailed, match="name its folder"):
+        pretrained.load(KINDS[kind], "some/model", "v1")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_files(monkeypatch, tmp_path):
+    def full(*names, **arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    folder = made(tmp_path / "it", "text")
+    monkeypatch.setattr(encoder.TEXT.front, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pretrained.load(encoder.TEXT, str(folder), None)
 
 
 @each_kind
