@@ -32,6 +32,7 @@ from llm_emo.baselines import minilm, pretrained
 from llm_emo.baselines.acoustic import mean_over_time
 from llm_emo.baselines.settings import EncoderSettings
 from llm_emo.errors import ModelError
+from llm_emo.models import facts
 
 Floats = np.typing.NDArray[np.float32]
 
@@ -291,6 +292,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list
         list(texts), truncation=True, max_length=max_length, split_special_tokens=True
     )["input_ids"]
     return ids
+
+
+def require_known(name: str, model: Network, padding: int, rows: Sequence[Sequence[int]]) -> None:
+    """Hold that the encoder has an embedding for every token of these texts, and for padding.
+
+    Raises:
+        ModelError: it has not.
+    """
+    words = model.encoder.get_input_embeddings().num_embeddings
+    facts.require_ids(name, words, max((max(row, default=0) for row in rows), default=0))
+    facts.require_ids(name, words, padding)
 
 
 def pad(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:

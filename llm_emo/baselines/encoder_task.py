@@ -99,10 +99,15 @@ class EncoderClassifier(Classifier):
         )
 
     def _ids(self, rows: Sequence[Row], split: Split) -> list[list[int]]:
-        """Return token ids, and count the texts that lost their end."""
+        """Return token ids, and count the texts that lost their end.
+
+        Raises:
+            ModelError: the tokenizer is another model's.
+        """
         length = self.method.head.max_length
         texts = [row.utterance.text for row in rows]
         ids = encoder.tokenize(self.tokenizer, texts, length)
+        encoder.require_known(self.method.name, self.model, self.tokenizer.pad_token_id, ids)
         full = [text for text, own in zip(texts, ids, strict=True) if len(own) == length]
         longer = encoder.tokenize(self.tokenizer, full, length + 1)
         self._shortened[split] = sum(len(own) > length for own in longer)

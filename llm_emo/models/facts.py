@@ -151,7 +151,15 @@ def require_known(name: str, words: int, rows: Iterable[Encoded]) -> None:
     Raises:
         ModelError: it has not.
     """
-    largest = max((max(row.prompt + row.answer) for row in rows), default=0)
+    require_ids(name, words, max((max(row.prompt + row.answer) for row in rows), default=0))
+
+
+def require_ids(name: str, words: int, largest: int) -> None:
+    """Hold that a model that embeds `words` tokens has one for the largest token id in use.
+
+    Raises:
+        ModelError: it has not.
+    """
     if largest >= words:
         raise ModelError(
             f"{name}: its tokenizer gives token {largest}, but the model knows {words} tokens; "

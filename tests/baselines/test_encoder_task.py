@@ -84,6 +84,20 @@ def test_loaded_it_gives_the_bits_of_what_was_saved_and_needs_no_original(kind, 
         assert path.suffix in {".json", ".safetensors", ".txt"}  # nothing is pickled
 
 
+@pytest.mark.parametrize("texts", [TEXTS, ("so",)])
+def test_a_tokenizer_of_another_model_is_refused(texts, tmp_path):
+    classifier = made(tmp_path, vocab_size=5)  # the tokenizer has 13 tokens
+    rows = [Row(Utterance(text, text), "joy") for text in texts]
+    if texts == TEXTS:
+        with pytest.raises(ModelError, match="token 8, but the model knows 5 tokens"):
+            classifier.items(rows, "train", augmented=True)
+    else:
+        assert classifier.items(rows, "train", augmented=True)
+        classifier.tokenizer.pad_token = "glad"  # which is token 6
+        with pytest.raises(ModelError, match="token 6, but the model knows 5 tokens"):
+            classifier.items(rows, "train", augmented=True)
+
+
 def test_probabilities_come_by_uid(tmp_path):
     classifier = made(tmp_path)
     classifier.items_per_pass = 4
