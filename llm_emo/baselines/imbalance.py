@@ -88,15 +88,6 @@ def focused(log_p: Tensor, gamma: float) -> Tensor:
     return -(missing**gamma) * log_p
 
 
-def adjusted(logits: Tensor, counts: Tensor, tau: float) -> Tensor:
-    """Return logits - tau log prior, shape (B, C): the adjustment after training.
-
-    Menon et al. 2021, equation 9: for a model that was trained with plain cross-entropy. One
-    trained with `LogitAdjustment` is used as it is.
-    """
-    return logits - tau * log_prior(counts).to(logits.device)
-
-
 def epoch_order(
     option: Imbalance | None, labels: np.typing.NDArray[np.int64], *, seed: int, epoch: int
 ) -> list[int]:

@@ -19,11 +19,11 @@ from llm_emo.baselines.settings import (
 COUNTS = torch.tensor([90, 9, 1])
 OPTIONS = (
     None,
-    ClassWeights(),
-    Resampling(),
-    Focal(),
+    ClassWeights(strength=1.0),
+    Resampling(strength=1.0),
+    Focal(gamma=2.0),
     Focal(gamma=0.5, balanced=True),
-    LogitAdjustment(),
+    LogitAdjustment(tau=1.0),
 )
 
 
@@ -40,7 +40,12 @@ def losses(option, counts=COUNTS):
 
 @pytest.mark.parametrize(
     "option",
-    [ClassWeights(strength=0.0), Focal(gamma=0.0), LogitAdjustment(tau=0.0), Resampling()],
+    [
+        ClassWeights(strength=0.0),
+        Focal(gamma=0.0),
+        LogitAdjustment(tau=0.0),
+        Resampling(strength=1.0),
+    ],
     ids=repr,
 )
 def test_every_option_at_nothing_is_cross_entropy(option):
@@ -48,7 +53,9 @@ def test_every_option_at_nothing_is_cross_entropy(option):
 
 
 @pytest.mark.parametrize(
-    "option", [ClassWeights(), LogitAdjustment(), Focal(gamma=0, balanced=True)], ids=repr
+    "option",
+    [ClassWeights(strength=1.0), LogitAdjustment(tau=1.0), Focal(gamma=0, balanced=True)],
+    ids=repr,
 )
 def test_equal_classes_leave_the_gradient_plain(option):
     logits, labels = batch()
@@ -118,7 +125,7 @@ def test_logit_adjustment_learns_scores_without_the_prior():
     """The optimum on rows whose features say nothing is a tie, where plain says the majority."""
     labels = torch.tensor([0] * 90 + [1] * 9 + [2])
     found = {}
-    for option in (None, LogitAdjustment()):
+    for option in (None, LogitAdjustment(tau=1.0)):
         scores = torch.zeros(3, requires_grad=True)
         optimizer = torch.optim.LBFGS([scores], max_iter=100)
 
@@ -134,8 +141,6 @@ def test_logit_adjustment_learns_scores_without_the_prior():
         math.log(90), abs=0.05
     )
     assert float(found[LogitAdjustment].max() - found[LogitAdjustment].min()) < 0.05
-    after = imbalance.adjusted(found[type(None)][None], COUNTS, 1.0)
-    assert float(after.max() - after.min()) < 0.05
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=repr)
@@ -143,7 +148,6 @@ def test_a_class_without_training_rows_breaks_no_number(option):
     logits, labels = batch()
     logits.requires_grad_()
     counts = torch.tensor([5, 3, 0])
-    assert torch.isfinite(imbalance.adjusted(logits, counts, 1.0)).all()
     rows = imbalance.row_losses(option, logits, labels % 2, counts)
     rows.mean().backward()
     assert torch.isfinite(rows).all()
@@ -190,7 +194,7 @@ def test_resampling_keeps_the_length_and_fills_every_quota(labels, seed, strengt
 @given(labels=LABELS, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=50)
 def test_rows_of_a_class_occur_equally_often_or_once_more(labels, seed):
-    order = imbalance.epoch_order(Resampling(), labels, seed=seed, epoch=0)
+    order = imbalance.epoch_order(Resampling(strength=1.0), labels, seed=seed, epoch=0)
     times = np.bincount(order, minlength=len(labels))
     for label in np.unique(labels):
         own = times[labels == label]
@@ -201,7 +205,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     labels = np.array([0] * 50 + [1] * 5)
 
     def order(seed, epoch):
-        return imbalance.epoch_order(Resampling(), labels, seed=seed, epoch=epoch)
+        return imbalance.epoch_order(Resampling(strength=1.0), labels, seed=seed, epoch=epoch)
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(1, 3)
@@ -210,7 +214,9 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_other_epochs_show_other_rows_of_a_class_that_is_cut():
     labels = np.array([0] * 90 + [1] * 10)
-    orders = [imbalance.epoch_order(Resampling(), labels, seed=0, epoch=e) for e in range(20)]
+    orders = [
+        imbalance.epoch_order(Resampling(strength=1.0), labels, seed=0, epoch=e) for e in range(20)
+    ]
     assert len({row for order in orders for row in order}) == 100
 
 
