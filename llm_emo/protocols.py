@@ -453,6 +453,8 @@ _PROTOCOLS = (
              _iemocap({"exc": "happy"}, _I4), partition="random"),
     Protocol("iemocap6", "iemocap", _I6, ("weighted_f1", "accuracy"), "text ERC",
              _iemocap({}, _I6), partition="fifth session"),
+    Protocol("iemocap6-random", "iemocap", _I6, ACCURACY_F1, "Petec and Popoviciu, random rows",
+             _iemocap({}, _I6), partition="random"),
     Protocol("emodb4", "emodb", _E4, WA_UA, "speech", _EMODB_GOLD, partition="speakers"),
     Protocol("emodb4-random", "emodb", _E4, WA_UA, "He et al., random rows", _EMODB_GOLD,
              partition="random"),

@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from llm_emo import protocols
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SCRIPTS = ("scripts/quickstart", "scripts/test", "scripts/check", ".ci/run")
@@ -105,6 +107,12 @@ def test_the_readme_gives_the_two_commands_and_ci_runs_the_second():
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert lines[-1].startswith("exec ")
     assert lines[-1].endswith('/../scripts/test" "$@"')
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_the_number_of_protocols_is_counted(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) protocols", text) == [str(len(protocols.names()))]
 
 
 def test_contributing_has_four_checklists_of_at_most_six_boxes():

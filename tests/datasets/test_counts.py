@@ -95,6 +95,7 @@ def test_table_of_protocols_is_complete():
         "iemocap4": None,
         "iemocap4-random": None,
         "iemocap6": None,
+        "iemocap6-random": None,
         "emodb4": None,
         "emodb4-random": None,
         "vader3": None,
