@@ -16,13 +16,14 @@ first queries from the CNN); "cnn_plus_lstm", which adds both means without any 
 Where the paper is silent:
 
 - K and S differ, so the outputs are added after each is averaged over its valid steps.
-- The convolution before the LSTM has windows of 8 frames side by side, 128 filters and a ReLU.
+- The convolution before the LSTM has windows side by side and a ReLU; in the shipped recipes, of 8
+  frames and with 128 filters.
 - The LSTM has D / 2 units in each direction, D being the CNN's features.
-- Positional encoding is off: ILT's finding is that an LSTM takes its place. On, it is added to
-  both sequences.
+- Positional encoding is off in the shipped recipes: ILT's finding is that an LSTM takes its place.
+  On, it is added to both sequences.
 - One linear layer maps the sum to the classes; the softmax belongs to the loss.
 - Sizes of the CNN and the transformers: see `acoustic`.
-- Padding: the paper masks nothing (`mask=False`); the default masks it.
+- Padding: the paper masks nothing (`mask: false`); the shipped recipes mask it.
 """
 
 import torch

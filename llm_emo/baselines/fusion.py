@@ -20,8 +20,9 @@ Where the paper is silent:
   all of them, which figure 4 may mean, would need every row padded to one length, and would let
   the network read how long a clip is out of its padding.
 - Scores are probabilities: logits of two encoders that were trained apart have no common scale.
-  The two may have other classes than the fusion; the paper's text model has nine.
-- The four layers have 512, 256, 128 and k units, with ReLU and dropout between them.
+  All three have the protocol's classes; the paper's text model has nine, its others six.
+- In the shipped recipes the four layers have 512, 256, 128 and k units. ReLU and dropout stand
+  between them.
 
 Letters: B rows, T tokens or frames, H hidden units, k classes.
 """
@@ -120,7 +121,8 @@ def audio_inputs(
 
 def _clip(waveform: Waveform, max_samples: int) -> Waveform:
     """Cut a clip; one under 25 ms, for which no encoder has a frame, is padded to that."""
-    return np.pad(waveform[:max_samples], (0, max(0, WINDOW - len(waveform))))
+    clip = waveform[:max_samples]
+    return np.pad(clip, (0, max(0, WINDOW - len(clip))))
 
 
 def encode(classifier: AudioClassifier, rows: Iterable[Mapping[str, Tensor]]) -> Encoding:

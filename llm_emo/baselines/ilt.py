@@ -17,10 +17,10 @@ Where the paper is silent:
 
 - O_trans has to be one vector as O_LSTM is one: it is the mean over the valid steps.
 - Both sums need equal sizes: the LSTM has D / 2 units in each direction.
-- alpha in equation 13 is 0.5. W_A and W_B are two numbers that start equal.
+- alpha in equation 13 is 0.5 in the shipped recipes. W_A and W_B are two numbers that start equal.
 - One linear layer maps O_final to the classes; the softmax belongs to the loss.
 - Sizes of the CNN and the transformer: see `acoustic`.
-- Padding: the paper masks nothing (`mask=False`); the default masks it.
+- Padding: the paper masks nothing (`mask: false`); the shipped recipes mask it.
 """
 
 import torch

@@ -4,7 +4,7 @@ Any that transformers can load does: Wav2Vec2, HuBERT and WavLM read samples, Wh
 spectrum. Where the paper is silent:
 
 - Everything learns, the convolutions under the transformer too.
-- SpecAugment and layer drop, which the configurations of Wav2Vec2 and its kin turn on for
+- SpecAugment and layer drop, which the configurations of many such encoders turn on for
   training, are off: the first refuses short clips, and after the second some parameters of a step
   have no gradient.
 - Encoders without an attention mask, wav2vec2-base-960h among them, cannot tell padding from
@@ -134,7 +134,7 @@ def load(
 
 def _learns_whole(name: str, config: PreTrainedConfig) -> None:
     """Turn off what would hide parts of a clip, or of the encoder, from a step."""
-    for key, off in (("apply_spec_augment", False), ("layerdrop", 0.0)):
+    for key, off in (("apply_spec_augment", False), ("layerdrop", 0.0), ("encoder_layerdrop", 0.0)):
         if hasattr(config, key):
             setattr(config, key, off)
 

@@ -160,6 +160,7 @@ def test_a_clip_is_cut_and_a_click_is_long_enough(kind):
     assert torch.equal(cut, made(**fusion.audio_inputs(extractor(kind), [long[:5_000]], 54_622)))
     click = np.ones(1, np.float32)
     assert made(**fusion.audio_inputs(extractor(kind), [click], 54_622)).isfinite().all()
+    assert made(**fusion.audio_inputs(extractor(kind), [long], 5)).isfinite().all()
 
 
 def test_the_paper_cuts_sound_at_a_tenth_of_its_longest_clip():

@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 def encoder(folder, kind="wav2vec2"):
     torch.manual_seed(0)
     config = kinds.audio_config(kind)
-    config.layerdrop = 0.5
+    setattr(config, "encoder_layerdrop" if kind == "whisper" else "layerdrop", 0.5)
     AutoModel.from_config(config).save_pretrained(folder)
     kinds.extractor(kind).save_pretrained(folder)
     return folder
@@ -126,8 +126,9 @@ def test_features_are_kept_and_fit_the_predictions(root, kind, tmp_path, monkeyp
     assert torch.equal(classifier.encode(rows, "test").features, encoding.features)
 
 
-def test_all_of_it_learns_in_every_step(root, tmp_path):
-    experiment = prepared(root, encoder(tmp_path / "encoder"))
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_all_of_it_learns_in_every_step(root, kind, tmp_path):
+    experiment = prepared(root, encoder(tmp_path / "encoder", kind))
     classifier = created(experiment)
     items = classifier.items(experiment.rows("train"), "train", augmented=True)
     for _ in range(4):  # a layer that is dropped half the time would be missed once
