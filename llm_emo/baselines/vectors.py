@@ -8,6 +8,7 @@ known words have in each dimension; so dimension, variance and expected norm are
 import gzip
 import io
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,5 +194,5 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line.rstrip(b" \r\n")
     except FileNotFoundError:
         raise ModelError(f"no file of word vectors {path}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error

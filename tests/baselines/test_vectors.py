@@ -140,6 +140,11 @@ def test_an_absent_or_broken_file_is_named(tmp_path):
     broken.write_bytes(gzip.compress(GLOVE_TEXT.encode() * 9)[:-9])
     with pytest.raises(ModelError, match="cannot be read"):
         vectors.read(broken, ["so"])
+    whole = bytearray(gzip.compress(GLOVE_TEXT.encode() * 9))
+    whole[10] = 0xFF  # behind the header: a block of no known type
+    broken.write_bytes(whole)
+    with pytest.raises(ModelError, match=f"{broken}: cannot be read"):
+        vectors.read(broken, ["so"])
 
 
 def test_a_wheel_with_other_content_is_refused(tmp_path, monkeypatch):
