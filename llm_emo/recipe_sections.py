@@ -4,20 +4,17 @@ What a specialised model's section `method` can hold is in `baselines.kinds`; wh
 recipe must have, and how a file is read, in `recipes`, under which all of these can be named.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llm_emo.baselines.settings import Imbalance
-from llm_emo.sections import MOVING_REVISIONS, Section
+from llm_emo.sections import Section, is_hub_id, require_lasting
 from llm_emo.validation import conflict
 
 BUNDLED_MODEL = "smollm2-135m"
 """The model name that stands for the SmolLM2-135M-Instruct from the Python package index."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Limit(Section):
@@ -82,26 +79,14 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _revision_belongs_to_a_hub_id(self) -> Self:
-        is_id = _HUB_ID.fullmatch(self.name) is not None
-        keys = ("model.name", "model.revision")
-        if self.revision is None:
-            if is_id and not Path(self.name).is_dir():
-                raise conflict(
-                    f"'model.name': {self.name!r} is no local folder, and as a Hugging Face id it "
-                    "needs 'model.revision' (a 40-digit commit or a tag)",
-                    *keys,
-                )
-        elif not is_id:
+        if self.revision is None and is_hub_id(self.name) and not Path(self.name).is_dir():
             raise conflict(
-                f"'model.revision': belongs to a Hugging Face id (owner/name), "
-                f"but 'model.name' is {self.name!r}; remove it",
-                *keys,
+                f"'model.name': {self.name!r} is no local folder, and as a Hugging Face id it "
+                "needs 'model.revision' (a 40-digit commit or a tag)",
+                "model.name",
+                "model.revision",
             )
-        elif self.revision in MOVING_REVISIONS:
-            raise conflict(
-                f"'model.revision': {self.revision!r} moves; name a 40-digit commit or a tag",
-                *keys,
-            )
+        require_lasting("model", self.name, self.revision)
         return self
 
 

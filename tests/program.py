@@ -5,14 +5,16 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import torch
 
-from llm_emo import cli
+from llm_emo import cli, workflow
 
 ROOT = Path(cli.__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -100,6 +102,21 @@ def train(folder: Path, model: Path, recipe: str = "mastodon/lora", *values: str
     """Train a recipe on the fixtures into `folder`."""
     call("train", recipe, "-o", folder, *on(model, *values)).ok()
     return folder
+
+
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Press Ctrl-C a step beyond half of every training in this process."""
+    own = workflow.Progress.on_step_end
+
+    def pressed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        own(self, args, state, control, **kwargs)
+        if state.global_step == state.max_steps // 2 + 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workflow.Progress, "on_step_end", pressed)
+        yield
 
 
 def save_model(folder: Path, *, seed: int = 0, **changes: object) -> Path:

@@ -22,7 +22,7 @@ COUNTS = torch.tensor([90, 9, 30, 1])
 OPTIONS = (
     None,
     ClassWeights(strength=0.5),
-    Resampling(),
+    Resampling(strength=1.0),
     Focal(gamma=1.5),
     Focal(gamma=0.5, balanced=True),
     LogitAdjustment(tau=0.7),
@@ -101,7 +101,7 @@ def test_loss_and_gradient_are_those_of_the_padded_definition(option, architectu
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize(
     "option",
-    [None, Resampling(), ClassWeights(strength=0.0), Focal(gamma=0.0)],
+    [None, Resampling(strength=1.0), ClassWeights(strength=0.0), Focal(gamma=0.0)],
     ids=repr,
 )
 def test_every_remedy_at_nothing_is_plain_training(option, method):
@@ -113,7 +113,9 @@ def test_every_remedy_at_nothing_is_plain_training(option, method):
     assert tiny.distance(gradient(model, found), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("option", [ClassWeights(), Focal(gamma=0, balanced=True)], ids=repr)
+@pytest.mark.parametrize(
+    "option", [ClassWeights(strength=1.0), Focal(gamma=0, balanced=True)], ids=repr
+)
 def test_weights_of_equal_classes_leave_the_gradient_plain(option):
     model = tiny.adapted("llama", "lora")
     wanted = gradient(model, training.answer_loss(model, training.collate(rows())))
@@ -134,7 +136,7 @@ def test_adjusted_scores_are_those_that_score_mode_compares():
 
     model = tiny.adapted("llama", "lora")
     some = rows()
-    batch = task(LogitAdjustment()).collate(some)
+    batch = task(LogitAdjustment(tau=1.0)).collate(some)
     with torch.inference_mode():
         found = llm_imbalance.sequence_log_probs(model, batch).view(len(some), -1)
     scored = dict(score(model, [row.prompt for row in some], ANSWERS, tokens_per_pass=512))
@@ -185,7 +187,7 @@ def test_a_row_runs_no_more_tokens_than_it_is_counted_for(option):
 def test_a_rare_class_pulls_harder():
     model = tiny.adapted("llama", "lora")
     common, rare = rows()[0], rows()[3]  # of 90 and of 1
-    for option in (ClassWeights(), Focal(gamma=0.0, balanced=True)):
+    for option in (ClassWeights(strength=1.0), Focal(gamma=0.0, balanced=True)):
         pulls = [
             (summed(option, model, [row]) / summed(None, model, [row])).item()
             for row in (common, rare)
@@ -193,7 +195,7 @@ def test_a_rare_class_pulls_harder():
         assert pulls[1] > 10 * pulls[0]
     # The adjusted loss of a rare answer is larger, because the prior speaks against it.
     for row, sign in ((common, -1), (rare, 1)):
-        change = summed(LogitAdjustment(), model, [row]) - summed(
+        change = summed(LogitAdjustment(tau=1.0), model, [row]) - summed(
             LogitAdjustment(tau=0.0), model, [row]
         )
         assert sign * change.item() > 0

@@ -301,6 +301,25 @@ def test_no_size_of_a_network_that_hears_hides_in_code(folder, write):
                     assert_required(name, path, write)
 
 
+@pytest.mark.parametrize("kind", ["text_cnn", "encoder", "roberta_cnn_lstm", "linear"])
+def test_no_size_of_a_model_that_reads_hides_in_code(kind, write):
+    name = f"mastodon/{kind}"
+    inner = [path for path in leaves(document(name)) if path[0] == "method" and len(path) > 2]
+    assert len(inner) > 1
+    for path in inner:
+        assert_required(name, path, write)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("class_weights", "strength"), ("resampling", "strength"), ("focal", "gamma"),
+     ("logit_adjustment", "tau")],
+)  # fmt: skip
+def test_no_strength_of_a_remedy_hides_in_code(kind, key):
+    with pytest.raises(RecipeError, match=rf"missing key 'train\.imbalance\.{key}'"):
+        recipes.load("mastodon/text_cnn", [f"train.imbalance={{kind: {kind}}}"])
+
+
 def assert_required(name, path, write):
     shorter = document(name)
     node = shorter

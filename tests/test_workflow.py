@@ -419,8 +419,8 @@ def test_ctrl_c_ends_training_with_a_message_that_says_how_to_continue(tiny_fold
 
 @pytest.mark.parametrize(
     "option",
-    ["{kind: class_weights}", "{kind: focal, balanced: true}", "{kind: logit_adjustment}",
-     "{kind: resampling}"],
+    ["{kind: class_weights, strength: 1.0}", "{kind: focal, gamma: 2.0, balanced: true}",
+     "{kind: logit_adjustment, tau: 1.0}", "{kind: resampling, strength: 1.0}"],
 )  # fmt: skip
 def test_an_llm_learns_under_every_remedy_and_differently(option, tiny_folder, tmp_path):
     def weights(name, *changes):

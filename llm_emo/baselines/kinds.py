@@ -17,8 +17,7 @@ from llm_emo.baselines.speech_settings import (
     IltSettings,
     Noise,
 )
-from llm_emo.sections import MOVING_REVISIONS, Section
-from llm_emo.validation import conflict
+from llm_emo.sections import Section, require_lasting
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -81,15 +80,13 @@ class _Pretrained(_Kind):
     name: Name
     """`minilm-l6` (text, from the Python package index), a local folder, or a Hugging Face id."""
     revision: Name | None = None
-    """Commit or tag of a Hugging Face id; required for one."""
+    """Commit or tag of a Hugging Face id; required for one, refused otherwise."""
 
     @model_validator(mode="after")
-    def _revision_stays(self) -> Self:
-        if self.revision in MOVING_REVISIONS:
-            raise conflict(
-                f"'method.revision': {self.revision!r} moves; name a 40-digit commit or a tag",
-                "method.revision",
-            )
+    def _revision_belongs_to_a_hub_id(self) -> Self:
+        # That an id has one is asked for when the encoder is loaded: a finished run keeps its own,
+        # and opens when the folder that this names has gone.
+        require_lasting("method", self.name, self.revision)
         return self
 
 

@@ -7,11 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm_emo.sections import Many, Section
+from llm_emo.sections import Dropout, Many, Section, Size
 
 Pooling = Literal["max", "mean"]
-Size = Annotated[int, Field(ge=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TextCnnSettings(Section):
@@ -53,11 +51,11 @@ class RobertaCnnLstmSettings(Section):
     """Whether the encoder's features are added once more, through two layers."""
     dropout: Dropout
     """After every fully connected layer but the last, and after the branches."""
-    reduced: int = Field(1024, ge=1)
+    reduced: Size
     """Features of an utterance after the first fully connected layer."""
-    units: int = Field(256, ge=1)
+    units: Size
     """Hidden units of every LSTM and direction, and filters of the convolution."""
-    head: int = Field(256, ge=1)
+    head: Size
     """Units between the two last fully connected layers."""
 
 
@@ -90,7 +88,7 @@ class ClassWeights(Section):
 
     kind: Literal["class_weights"] = "class_weights"
     """The remedy."""
-    strength: float = Field(1.0, ge=0, le=1)
+    strength: float = Field(ge=0, le=1)
     """1 gives every class the same weight in sum, 0 every row."""
 
 
@@ -99,7 +97,7 @@ class Resampling(Section):
 
     kind: Literal["resampling"] = "resampling"
     """The remedy."""
-    strength: float = Field(1.0, ge=0, le=1)
+    strength: float = Field(ge=0, le=1)
     """1 draws every class equally often, 0 as often as it occurs; linear between."""
 
 
@@ -108,8 +106,8 @@ class Focal(Section):
 
     kind: Literal["focal"] = "focal"
     """The remedy."""
-    gamma: float = Field(2.0, ge=0)
-    """How much less a row counts that is right already."""
+    gamma: float = Field(ge=0)
+    """How much less a row counts that is right already; that paper's is 2."""
     balanced: bool = False
     """Weigh rows as `class_weights` of strength 1 too, which is that paper's alpha."""
 
@@ -119,7 +117,7 @@ class LogitAdjustment(Section):
 
     kind: Literal["logit_adjustment"] = "logit_adjustment"
     """The remedy."""
-    tau: float = Field(1.0, ge=0)
+    tau: float = Field(ge=0)
     """1 makes balanced accuracy the aim (the paper's equation 10), 0 plain accuracy."""
 
 

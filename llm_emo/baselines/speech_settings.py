@@ -5,17 +5,15 @@ has Adam at 1e-4 with betas (0.9, 0.99), batches of 40 and 100 epochs. Every set
 a score, so none has a default; what a paper does not print is the shipped recipes' choice.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm_emo.sections import Many, Section
+from llm_emo.sections import Dropout, Many, Section, Size
 
 IltStructure = Literal["ilt", "cnn_transformer", "cnn_lstm_transformer"]
 IltFusion = Literal["concatenation", "sum", "trainable_sum"]
 CatStructure = Literal["cat", "cnn_to_lstm", "lstm_to_cnn", "cnn_plus_lstm", "lstm_transformer"]
-Size = Annotated[int, Field(ge=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Noise(Section):

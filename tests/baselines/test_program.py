@@ -121,18 +121,10 @@ def test_a_run_is_trained_measured_and_exported_with_the_same_verbs(recipe, sett
 
 
 @each_trained
-def test_a_resumed_run_equals_the_uninterrupted_one(recipe, settings, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one(recipe, settings, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, recipe, settings[recipe]).ok()
-    own = workflow.Progress.on_step_end
-
-    def interrupted(self, args, state, control, **kwargs):
-        own(self, args, state, control, **kwargs)
-        if state.global_step == state.max_steps // 2 + 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(workflow.Progress, "on_step_end", interrupted)
+    with program.interrupted():
         train(broken, recipe, settings[recipe]).refused("--resume", code=130)
     program.call("train", broken / "recipe.yaml", "-o", broken, "--resume").ok()
     for folder in (whole, broken):
@@ -152,8 +144,9 @@ def test_a_seed_gives_the_same_run_twice_and_another_one_another(recipe, setting
 
 @each_trained
 @pytest.mark.parametrize(
-    "option", ["{kind: class_weights}", "{kind: focal}", "{kind: logit_adjustment}",
-               "{kind: resampling}"],
+    "option",
+    ["{kind: class_weights, strength: 1.0}", "{kind: focal, gamma: 2.0}",
+     "{kind: logit_adjustment, tau: 1.0}", "{kind: resampling, strength: 1.0}"],
 )  # fmt: skip
 def test_every_remedy_for_rare_classes_changes_what_is_learned(recipe, option, settings, tmp_path):
     for name, changes in (("plain", []), ("remedied", [f"train.imbalance={option}"])):
@@ -198,7 +191,12 @@ def test_the_dialogue_network_builds_on_a_finished_run_and_stands_without_it(set
         (["check", "mastodon/text_cnn", "--set", "method.vectors=nowhere.txt"], ["nowhere.txt"]),
         (["check", "mastodon/encoder", "--set", "method.name=nowhere"], ["nowhere"]),
         (["check", "mastodon/linear", "--set", "method={kind: text_cn}"], ["text_cnn"]),
-        (["check", "mastodon/encoder", "--set", "method.revision=main"], ["'main' moves"]),
+        (["check", "mastodon/encoder", "--set", "method.name=a/b", "--set", "method.revision=main"],
+         ["'method.revision': 'main' moves"]),
+        (["check", "mastodon/encoder", "--set", "method.revision=v1"],
+         ["'method.revision': belongs to a Hugging Face id", "'method.name' is 'minilm-l6'"]),
+        (["check", "iemocap/speech_encoder", "--set", "method.name=/some/folder"],
+         ["'method.revision': belongs to a Hugging Face id", "'method.name' is '/some/folder'"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_message(arguments, pieces, tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ def lstm(inputs, units):
 
 @each_ablation
 def test_it_has_the_parameters_of_the_paper(ablation):
-    settings = RobertaCnnLstmSettings(**ablation, dropout=0.1)
+    sizes = {"reduced": 1024, "units": 256, "head": 256}
+    settings = RobertaCnnLstmSettings(**ablation, **sizes, dropout=0.1)
     made = RobertaCnnLstm(settings, inputs=4096, classes=7)
     expected = linear(4096, 1024) + linear(1024, 256) + linear(256, 7)
     if settings.cnn_lstm:
