@@ -41,8 +41,9 @@ from llm_emo.baselines.settings import (
 from llm_emo.encoding import Encoded
 from llm_emo.errors import ModelError
 from llm_emo.inference import Ids, targets
-from llm_emo.training import IGNORED, Batch
+from llm_emo.training import Batch
 from llm_emo.trie import TokenTrie, node_logits
+from llm_emo.types import IGNORED
 
 
 def classes_of(rows: Sequence[Encoded], answers: Sequence[Ids]) -> Tensor:

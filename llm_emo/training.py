@@ -38,11 +38,9 @@ from llm_emo.optimizers import ADAM
 from llm_emo.recipes import Train
 from llm_emo.steps import sequence
 from llm_emo.trie import TokenTrie, node_logits
+from llm_emo.types import IGNORED
 
 Batch = dict[str, Any]
-
-IGNORED = -100
-"""A label that adds nothing to the loss, as everywhere in transformers."""
 
 COUNTS = "counts"
 """The key of a checkpoint's trainer state under which the totals of the run so far stand."""

@@ -12,6 +12,9 @@ from typing import Literal
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
+IGNORED = -100
+"""The label of what is read, and neither learned from nor measured, as in transformers."""
+
 Outcome = Literal["exact", "alias", "contained", "ambiguous", "refusal", "none", "scored"]
 """How a label came out of a completion; only the first three and `scored` yield a label."""
 

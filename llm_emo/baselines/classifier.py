@@ -4,6 +4,7 @@ A `Classifier` turns rows into items, items into a batch, a batch into one row o
 label; training, checkpoints, predictions and reports are the program's own.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,13 @@ from torch import Tensor, nn
 
 from llm_emo.types import Row, Split
 
-IGNORED = -100
-"""The label of a turn that is read, and neither learned from nor measured."""
-
 
 @dataclass(frozen=True)
 class Item:
     """What a network reads at once: one row, or the turns of a dialogue.
 
     `labels` and `uids` have an entry for each vector of class scores that it gives; a turn that
-    the protocol does not score has `IGNORED` and None.
+    the protocol does not score has `types.IGNORED` and None.
     """
 
     inputs: Any
@@ -38,6 +36,17 @@ class Encoding:
 
     features: Tensor
     scores: Tensor
+
+
+@contextlib.contextmanager
+def lent_gpu(model: nn.Module) -> Iterator[None]:
+    """Run a model that is not trained on a GPU, where there is one; afterwards it is on the CPU."""
+    if torch.cuda.is_available():
+        model.cuda()
+    try:
+        yield
+    finally:
+        model.cpu()  # the memory belongs to what is trained
 
 
 class Classifier(ABC):

@@ -12,13 +12,14 @@ from transformers import set_seed
 
 from llm_emo import methods, recipes
 from llm_emo.baselines import imbalance, opening, storage
-from llm_emo.baselines.classifier import IGNORED, Classifier, Item
+from llm_emo.baselines.classifier import Classifier, Item
 from llm_emo.baselines.settings import Imbalance, Resampling
 from llm_emo.errors import JobFailed, RecipeError
 from llm_emo.experiment import BaselineExperiment
 from llm_emo.machine import processes, say
 from llm_emo.steps import Steps
 from llm_emo.training import Batch, Size
+from llm_emo.types import IGNORED
 from llm_emo.workflow import Fitted, Job, measured
 
 LABELS = "labels"

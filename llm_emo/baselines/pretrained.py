@@ -17,14 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from llm_emo.baselines.storage import load_weights, save_weights
+from llm_emo.baselines.storage import CLASSIFIER, load_weights, save_weights
 from llm_emo.errors import ModelError
 from llm_emo.machine import writing
 from llm_emo.models import loading
 
 Network = TypeVar("Network", bound=nn.Module)
-
-WEIGHTS = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def save(folder: Path, network: Any, front: Any) -> None:
     with writing(folder, "make room, or name another folder"):
         network.encoder.config.save_pretrained(folder)
         front.save_pretrained(folder)
-    save_weights(folder / WEIGHTS, network)
+    save_weights(folder / CLASSIFIER, network)
 
 
 def read(
@@ -128,5 +126,5 @@ def read(
     except loading.REFUSED as error:
         reason = loading.reason(error)
         raise ModelError(f"{folder}: its encoder cannot be read: {reason}") from error
-    load_weights(folder / WEIGHTS, made)
+    load_weights(folder / CLASSIFIER, made)
     return made.eval(), front

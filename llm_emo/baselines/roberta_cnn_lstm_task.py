@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from llm_emo import runs
 from llm_emo.baselines import nested, opening, roberta_cnn_lstm
-from llm_emo.baselines.classifier import IGNORED, Classifier, Item
+from llm_emo.baselines.classifier import Classifier, Item, lent_gpu
 from llm_emo.baselines.dialogues import Dialogue, dialogues
 from llm_emo.baselines.encoder import width
 from llm_emo.baselines.encoder_task import EncoderClassifier
 from llm_emo.baselines.kinds import RobertaCnnLstm
-from llm_emo.baselines.storage import load_weights, save_weights
+from llm_emo.baselines.storage import CLASSIFIER, load_weights, save_weights
 from llm_emo.errors import RecipeError
 from llm_emo.experiment import BaselineExperiment
-from llm_emo.types import Row, Split
+from llm_emo.types import IGNORED, Row, Split
 
-WEIGHTS, ENCODER = "classifier.safetensors", "encoder"
+ENCODER = "encoder"
 
 UNSCORED = ""
 """The gold label of a turn that is only read; features do not depend on it."""
@@ -85,12 +85,8 @@ class DialogueClassifier(Classifier):
 
     def _features(self, turns: Sequence[Row], split: Split) -> Tensor:
         """Return the encoder's features, shape (N, D), computed on a GPU where there is one."""
-        if torch.cuda.is_available():
-            self.encoder.model.cuda()
-        try:
+        with lent_gpu(self.encoder.model):
             return self.encoder.encode(turns, split).features
-        finally:
-            self.encoder.model.cpu()  # the memory belongs to what is trained
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Return `features`, shape (B, T, D), and `lengths`, shape (B,)."""
@@ -105,7 +101,7 @@ class DialogueClassifier(Classifier):
 
     def save(self, folder: Path) -> None:
         """Write the weights, and take the encoder along."""
-        save_weights(folder / WEIGHTS, self.model)
+        save_weights(folder / CLASSIFIER, self.model)
         below = nested.Nested(self.source, self.encoder.method, self.encoder)
         nested.keep(below, folder / ENCODER)
 
@@ -152,7 +148,7 @@ def load(
     assert isinstance(encoder, EncoderClassifier)
     with torch.random.fork_rng(devices=[]):  # as there
         made = _network(method, encoder)
-    load_weights(folder / WEIGHTS, made)
+    load_weights(folder / CLASSIFIER, made)
     return DialogueClassifier(experiment.labels.names, made.eval(), encoder, source)
 
 

@@ -10,6 +10,9 @@ from torch import nn
 from llm_emo.errors import ModelError
 from llm_emo.machine import writing
 
+CLASSIFIER = "classifier.safetensors"
+"""The file of a network that stands on an encoder."""
+
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write all parameters and buffers, running statistics among them.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_encoder import CONFIGS, save
 
-from llm_emo.baselines import encoder, encoder_task, pretrained
+from llm_emo.baselines import encoder, encoder_task, storage
 from llm_emo.baselines.kinds import Encoder
 from llm_emo.errors import ModelError
 from llm_emo.types import Row, Utterance
@@ -178,6 +178,6 @@ def test_damage_is_told(tmp_path):
     classifier.save(run)
     with pytest.raises(ModelError, match="does not fit the network"):
         encoder_task.load(method(tmp_path, "mean"), EXPERIMENT, run)
-    (run / pretrained.WEIGHTS).unlink()
+    (run / storage.CLASSIFIER).unlink()
     with pytest.raises(ModelError, match="no such file"):
         encoder_task.load(classifier.method, EXPERIMENT, run)

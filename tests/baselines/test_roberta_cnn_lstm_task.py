@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from test_encoder_task import made, passes  # noqa: F401 (a fixture)
 
 from llm_emo.baselines import roberta_cnn_lstm_task as task
-from llm_emo.baselines.classifier import IGNORED
 from llm_emo.baselines.kinds import RobertaCnnLstm
 from llm_emo.errors import ModelError, RecipeError
 from llm_emo.grouping import with_history
-from llm_emo.types import Utterance
+from llm_emo.types import IGNORED, Utterance
 
 NAMES = ("joy", "anger", "neutral")
 EXPERIMENT = SimpleNamespace(labels=SimpleNamespace(names=NAMES))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm_emo import attention
 from llm_emo.encoding import Encoded
 from llm_emo.inference import Ids
-from llm_emo.training import IGNORED
+from llm_emo.types import IGNORED
 
 PAD = 0
 """ChatGLM2's padding token; masked, so that any id would do."""
