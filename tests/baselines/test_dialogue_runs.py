@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import FIXTURES
-from program import call, settings
+from program import call, interrupted, settings
 from test_encoder import save
 
 from llm_emo import datasets, protocols
@@ -65,6 +65,31 @@ def test_an_exported_dialogue_network_labels_and_leaves_the_cache_as_it_was(
     said = model.label(["we are glad", "so sad"], dialogue=True)
     assert said == model.label(["we are glad", "so sad"], dialogue=True)
     assert not (tmp_path / "fresh").exists()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(below, tmp_path):
+    named = (f"method.encoder_run={below}", *NETWORK)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train("friends/roberta_cnn_lstm", whole, *named).ok()
+    with interrupted():
+        train("friends/roberta_cnn_lstm", broken, *named).refused("--resume", code=130)
+    call("train", broken / "recipe.yaml", "-o", broken, "--resume").ok()
+    said = []
+    for run in (whole, broken):
+        call("predict", run, "--split", "test").ok()
+        lines = (run / "test.predictions.jsonl").read_text().splitlines()[1:]
+        said.append([json.loads(line)["probabilities"] for line in lines])
+    assert said[0] == said[1]
+
+
+def test_an_encoder_of_fewer_training_rows_is_no_encoder_of_other_rows(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    tiny = save(tmp_path / "encoder")
+    fewer = (f"method.name={tiny}", "method.head={max_length: 12, dropout: 0.0}", "train.epochs=1",
+             "data.limit={train: 4}")  # fmt: skip
+    train("friends/encoder", tmp_path / "below", *fewer).ok()
+    named = (f"method.encoder_run={tmp_path / 'below'}", *NETWORK, "train.epochs=1")
+    train("friends/roberta_cnn_lstm", tmp_path / "run", *named).ok()
 
 
 def test_the_second_run_finds_the_features_of_the_first(below, tmp_path):

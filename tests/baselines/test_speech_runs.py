@@ -10,7 +10,7 @@ pytest.importorskip("soundfile")
 import speech_fixture
 import test_encoder
 import test_speech_encoder_task
-from program import call, settings
+from program import call, interrupted, settings
 
 from llm_emo.baselines import exported
 
@@ -39,6 +39,12 @@ def train(root, recipe, folder, *changes):
     return call("train", recipe, "-o", folder, "--data-root", root, *settings(*STEPS, *changes))
 
 
+def speech(folder):
+    """Return what makes a recipe one of the speech encoder in a folder."""
+    head = "{dropout: 0.1, max_samples: 4000}"
+    return f"method={{kind: speech_encoder, name: {folder}, head: {head}}}"
+
+
 @pytest.fixture(scope="module")
 def below(root, tmp_path_factory):
     """Finished runs that read and hear; to be read, never written."""
@@ -50,8 +56,7 @@ def below(root, tmp_path_factory):
     for kind in ("ilt", "cat"):
         train(root, f"emodb/{kind}", folder / kind, *NETWORK).ok()
     heard = test_speech_encoder_task.encoder(folder / "sounds")
-    speech = f"{{kind: speech_encoder, name: {heard}, head: {{dropout: 0.1, max_samples: 4000}}}}"
-    train(root, "emodb/cat", folder / "speech_encoder", f"method={speech}").ok()
+    train(root, "emodb/cat", folder / "speech_encoder", speech(heard)).ok()
     return folder
 
 
@@ -99,6 +104,24 @@ def test_a_fusion_learns_from_finished_runs_and_needs_them_no_more(
     (labelled,) = exported.load(tmp_path / "out").label([given])
     assert not (tmp_path / "fresh").exists(), "what is deployed fills nobody's disk"
     assert labelled.probabilities == pytest.approx(first[uid], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ilt", "speech_encoder", "fusion"])
+def test_a_resumed_run_equals_the_uninterrupted_one(below, root, kind, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    recipe, changes = {
+        "ilt": ("emodb/ilt", NETWORK),
+        "speech_encoder": ("emodb/cat", (speech(below / "sounds"),)),
+        "fusion": ("emodb/fusion", (f"method.text_run={below / 'text'}",
+                                    f"method.audio_run={below / 'ilt'}", LAYERS)),
+    }[kind]  # fmt: skip
+    train(root, recipe, whole, *changes).ok()
+    with interrupted():
+        train(root, recipe, broken, *changes).refused("--resume", code=130)
+    call("train", broken / "recipe.yaml", "-o", broken, "--data-root", root, "--resume").ok()
+    for run in (whole, broken):
+        call("predict", run, "--split", "test", "--data-root", root).ok()
+    assert probabilities(whole) == probabilities(broken)
 
 
 def test_a_fusion_may_hear_alone(below, root, tmp_path):
