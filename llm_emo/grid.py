@@ -28,7 +28,7 @@ from llm_emo.validation import problems
 CLASS = "f1:"
 """In front of a class's name, the metric is the F1 of that class."""
 
-_RUN = re.compile(r"\s*method\.(\w+)_run\s*=")
+_RUN = re.compile(r"\s*method\.\w+_run\s*=")
 """An override that says what a cell builds on."""
 
 PARTS = ("accuracy", "macro_f1", "weighted_f1", "unweighted_accuracy", "f1", "parse_rate")
@@ -146,8 +146,6 @@ class Place:
     folder: Path
     recipe: str
     overrides: tuple[str, ...]
-    below: Mapping[str, Path]
-    """The runs of other cells that it builds on, as `runs.runs_below` names them."""
 
 
 def places(grid: Grid, folder: Path) -> list[Place]:
@@ -162,13 +160,7 @@ def places(grid: Grid, folder: Path) -> list[Place]:
                 changes.append(f"seed={seed}")
                 if fold is not None:
                     changes.append(f"data.fold={fold}")
-                below = {
-                    match[1]: runs_of[other]
-                    for text in cell.set
-                    if (other := _below(text)) and (match := _RUN.match(text))
-                }
-                own = runs_of[name]
-                made.append(Place(name, seed, fold, own, cell.recipe, tuple(changes), below))
+                made.append(Place(name, seed, fold, runs_of[name], cell.recipe, tuple(changes)))
     return made
 
 
@@ -209,7 +201,7 @@ def check(grid: Grid, folder: Path, root: Path | None) -> list[recipes.AnyRecipe
     read = set()
     for place, recipe in zip(todo, loaded, strict=True):
         if begun := runs.is_run(place.folder):
-            _require_same(place)
+            _require_same(place, recipe)
         if (rows := (begun, recipe.seed, recipe.data)) not in read:
             read.add(rows)
             _experiment(place, root).rows(grid.split)
@@ -290,7 +282,7 @@ def _measured(
     if recipe.method.kind == "zero_shot":
         experiment = _experiment(place, root)
     else:
-        trained, experiment = _trained(place, root)
+        trained, experiment = _trained(place, recipe, root)
     # What is there already is held against today's recipe, prompt and corpus, and then kept.
     path = labelling.predict(experiment, trained, grid.split, place.folder)
     header, rows = predictions.read(path)
@@ -305,29 +297,40 @@ def _experiment(place: Place, root: Path | None) -> AnyExperiment:
     return opening.from_recipe(place.recipe, list(place.overrides), root)[0]
 
 
-def _require_same(place: Place) -> None:
-    """Refuse a run that was begun with another recipe, or on another state of the runs below."""
-    run = runs.Run(place.folder)
+def _require_same(place: Place, recipe: recipes.AnyRecipe) -> None:
+    """Refuse a run that was begun with another recipe, or on another state of the runs below.
+
+    Args:
+        place: where the run lies.
+        recipe: what the place names today.
+    """
+    run, below = runs.Run(place.folder), runs.runs_below(recipe)
     same = (run.folder / "recipe.yaml").read_bytes() == recipes.source(place.recipe).read_bytes()
-    if not same or _own(run.overrides) != _own(place.overrides):
+    same = same and _own(run.overrides) == _own(place.overrides)
+    if not same or runs.runs_below(run.recipe).keys() != below.keys():
         raise RunError(
             f"{place.folder}: was begun with another recipe than {place.recipe} is today; "
             "remove it, or choose another folder with -o"
         )
-    runs.require_same_below(run, place.below)
+    runs.require_same_below(run, below)
 
 
 def _own(overrides: Sequence[str]) -> list[str]:
-    """Leave out where the runs below lie: a folder may have been moved with all that is in it."""
+    """Leave out where the runs below lie: a folder may have been moved with all that is in it.
+
+    Whether they are the same is asked of what they have learned.
+    """
     return [text for text in overrides if not _RUN.match(text)]
 
 
-def _trained(place: Place, root: Path | None) -> tuple[runs.Run, AnyExperiment]:
+def _trained(
+    place: Place, recipe: recipes.AnyRecipe, root: Path | None
+) -> tuple[runs.Run, AnyExperiment]:
     from llm_emo import workflow
 
     run, begun = runs.Run(place.folder), runs.is_run(place.folder)
     if begun:
-        _require_same(place)  # once more: a run below may just have been trained
+        _require_same(place, recipe)  # once more: a run below may just have been trained
     experiment = _experiment(place, root)
     if not begun or not run.finished:
         job = workflow.prepare(experiment)

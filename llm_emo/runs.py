@@ -155,7 +155,7 @@ def runs_below(recipe: AnyRecipe) -> dict[str, Path]:
 
 
 def require_same_below(run: Run, below: Mapping[str, Path]) -> None:
-    """Refuse a run that was built on runs which have been trained anew since.
+    """Refuse a run that was built on other runs than these, or on these before they changed.
 
     A run below that is gone, or is being trained, says nothing.
 
@@ -178,8 +178,8 @@ def require_same_below(run: Run, below: Mapping[str, Path]) -> None:
             continue
         if had != folder_sum(Run(folder).adapter):
             raise RunError(
-                f"{run.folder}: was built on {folder}, which has been trained anew since; "
-                f"remove {run.folder} and train it again"
+                f"{run.folder}: was not built on {folder} as it is: that has been trained anew "
+                f"since, or the recipe named another run; remove {run.folder} and train it again"
             )
 
 

@@ -6,7 +6,7 @@ import program
 import pytest
 
 from llm_emo import experiment, grid, recipes
-from llm_emo.errors import ProtocolError
+from llm_emo.errors import ProtocolError, RunError
 from llm_emo.machine import PeakMemory
 
 TABLE = """
@@ -65,6 +65,21 @@ def test_a_changed_cell_is_not_taken_from_the_old_run(file):
     run(file).ok()
     file.write_text(TABLE.replace("strength=5.0", "strength=6.0"))
     run(file).refused("begun with another recipe", "linear")
+
+
+def test_a_cell_that_builds_on_fewer_runs_than_its_run_is_told(tmp_path):
+    made = grid.Grid(
+        title="t", split="dev", metrics=("accuracy",), seeds=(0,), folds=(0,),
+        cells={"fusion": grid.Cell(recipe="emodb/fusion", set=("method.text_run=null",))},
+    )  # fmt: skip
+    [place] = grid.places(made, tmp_path)
+    place.folder.mkdir(parents=True)
+    (place.folder / "recipe.yaml").write_bytes(recipes.source(place.recipe).read_bytes())
+    begun = ["method.text_run=runs/text", *place.overrides[1:]]
+    (place.folder / "overrides.json").write_text(json.dumps(begun))
+    (place.folder / "environment.json").write_text('{"run": "a", "data_root": null, "files": {}}')
+    with pytest.raises(RunError, match="begun with another recipe"):
+        grid.check(made, tmp_path, program.FIXTURES)
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,31 @@ def test_an_interrupted_run_is_not_continued_over_a_run_that_has_learned_somethi
     (above / "overrides.json").write_text(json.dumps(moved))
     resume = ("-o", above, "--data-root", FIXTURES, "--resume")
     call("train", above / "recipe.yaml", *resume).refused("trained anew")
+
+
+def name_run(folder, path):
+    """Let the cell that builds on another one's run name a run by its path."""
+    text = (folder / "table.yaml").read_text()
+    assert "@plain encoder" in text
+    (folder / "table.yaml").write_text(text.replace("@plain encoder", str(path)))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_cell_that_names_another_run_is_kept_where_that_has_learned_the_same(folder, same):
+    below, above = places(folder)
+    other = shutil.copytree(below, folder / "other")
+    name_run(folder, other)
+    before = written(folder)
+    if same:
+        again(folder).ok()
+        assert written(folder) == before
+    else:
+        change_weights(other)
+        again(folder).refused(str(above), f"built on {other}", f"remove {above}")
+
+
+def test_a_run_that_is_named_by_its_path_is_held_against_what_it_was(folder):
+    below, above = places(folder)
+    name_run(folder, below)
+    change_weights(below)
+    again(folder).refused(str(above), f"built on {below}", "trained anew")
