@@ -81,12 +81,11 @@ class FusionClassifier(Classifier):
 
     def facts(self) -> dict[str, Any]:
         """Return the runs below and the size of what they say of a row."""
-        named = {TEXT: self.method.text_run, AUDIO: self.method.audio_run}
         return {
             "inputs": self.model.inputs,
             "below": {
                 name: {
-                    "run": named[name],
+                    "run": self.method.below[name],
                     "parameters": sum(p.numel() for p in run.classifier.model.parameters()),
                 }
                 for name, run in self.below.items()
@@ -105,9 +104,7 @@ def create(method: FusionMethod, experiment: "BaselineExperiment") -> FusionClas
     from llm_emo.baselines import opening  # it imports this module's neighbours as they are asked
 
     below = {}
-    for name, run in ((TEXT, method.text_run), (AUDIO, method.audio_run)):
-        if run is None:
-            continue
+    for name, run in method.below.items():
         opened = opening.open_run(run, experiment)
         kind = opened.experiment.recipe.method
         if kind.hears != (name == AUDIO):
@@ -116,7 +113,7 @@ def create(method: FusionMethod, experiment: "BaselineExperiment") -> FusionClas
                 f"'method.{name}_run': {run} is a run of method {kind.kind}, which {does}; "
                 f"expected one that {wanted}"
             )
-        below[name] = nested.Nested(opened.run.adapter, kind, opened.classifier)
+        below[name] = nested.Nested(opened.run.adapter, kind, opened.classifier, opened.learned)
     inputs = _said(below.values(), experiment.rows("train"), "train").shape[1]
     names = experiment.labels.names
     return FusionClassifier(names, method, Fusion(method.network, inputs, len(names)), below)
@@ -133,11 +130,7 @@ def load(method: FusionMethod, experiment: "BaselineExperiment", folder: Path) -
         inputs = int(json.loads(path.read_text("utf-8"))["inputs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); the run is damaged") from error
-    below = {
-        name: nested.read(folder / name, experiment)
-        for name, run in ((TEXT, method.text_run), (AUDIO, method.audio_run))
-        if run is not None
-    }
+    below = {name: nested.read(folder / name, experiment) for name in method.below}
     names = experiment.labels.names
     with torch.random.fork_rng(devices=[]):  # drawn only to be read over
         model = Fusion(method.network, inputs, len(names))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
+from llm_emo import runs
 from llm_emo.baselines import kinds
 from llm_emo.baselines.classifier import Classifier
 from llm_emo.errors import ModelError
@@ -21,7 +22,7 @@ from llm_emo.machine import writing
 if TYPE_CHECKING:
     from llm_emo.experiment import BaselineExperiment
 
-METHOD = "method.json"
+METHOD = runs.NESTED_METHOD
 """The section `method` of the recipe that the run was trained by."""
 
 
@@ -29,18 +30,20 @@ METHOD = "method.json"
 class Nested:
     """A finished run below another one.
 
-    `source` is the folder with what it has learned, `method` that section of its recipe.
+    `source` is the folder with what it has learned, `method` that section of its recipe, and
+    `learned` is `runs.folder_sum` of the source when the classifier was read from it.
     """
 
     source: Path
     method: kinds.Kind
     classifier: Classifier
+    learned: str
 
 
 def keep(run: Nested, folder: Path) -> None:
     """Put what a finished run has learned into `folder`, which is made; linked where that works.
 
-    A source that has gone since is written anew from what was read of it.
+    A source that has gone since, or holds something else, is written anew from what was read of it.
 
     Args:
         run: where it lies in `folder` itself, there is nothing to do.
@@ -52,6 +55,7 @@ def keep(run: Nested, folder: Path) -> None:
     there = run.source.is_dir()
     if there and folder.exists() and folder.samefile(run.source):
         return
+    there = there and _sum(run.source) == run.learned
     with writing(folder, "make room, or name another folder"):
         if folder.exists():
             shutil.rmtree(folder)
@@ -64,6 +68,10 @@ def keep(run: Nested, folder: Path) -> None:
         partial = folder / f".{METHOD}.tmp"
         partial.write_text(run.method.model_dump_json(indent=2) + "\n", "utf-8")
         partial.replace(folder / METHOD)
+
+
+def _sum(folder: Path) -> str:
+    return runs.folder_sum(folder, besides=METHOD)
 
 
 def _linked(source: str, target: str) -> None:
@@ -94,8 +102,9 @@ def read(folder: Path, experiment: "BaselineExperiment") -> Nested:
         raise ModelError(
             f"{path}: cannot be read ({type(error).__name__}); the run is damaged"
         ) from error
+    learned = _sum(folder)
     module = importlib.import_module(f"llm_emo.baselines.{MODULES[method.kind]}")
     made = module.load(method, experiment, folder)
     if not isinstance(made, Classifier):
         raise ModelError(f"{folder}: method {method.kind} gives no features to build on")
-    return Nested(folder, method, made)
+    return Nested(folder, method, made, learned)

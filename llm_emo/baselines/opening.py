@@ -60,10 +60,29 @@ class Opened:
     run: runs.Run
     experiment: BaselineExperiment
     classifier: Classifier
+    learned: str
+    """`runs.folder_sum` of what it was read from."""
 
 
 def open_run(folder: str, experiment: BaselineExperiment) -> Opened:
     """Open the finished run that a recipe names, for its features and scores.
+
+    Raises:
+        RunError: there is no such run, it has not finished, or it parts other rows.
+        ModelError: it is no specialised model, or gives no features.
+    """
+    run, below = find_run(folder, experiment)
+    learned = runs.folder_sum(run.adapter)
+    classifier = load(below, run.adapter)
+    if not isinstance(classifier, Classifier):
+        raise ModelError(
+            f"{folder}: method {below.recipe.method.kind} gives no features to build on"
+        )
+    return Opened(run, below, classifier, learned)
+
+
+def find_run(folder: str, experiment: BaselineExperiment) -> tuple[runs.Run, BaselineExperiment]:
+    """Return the finished run that a recipe names, and its experiment; no model is read.
 
     Its rows must be parted as those of `experiment` are: a network over features that have seen its
     dev or test rows would be measured on what it knows. A limit may differ: fewer training rows
@@ -98,12 +117,7 @@ def open_run(folder: str, experiment: BaselineExperiment) -> Opened:
                 + (f" ({theirs}; expected {own})" if what != "rows" else "")
                 + "; train it again as this recipe parts its rows"
             )
-    classifier = load(below, run.adapter)
-    if not isinstance(classifier, Classifier):
-        raise ModelError(
-            f"{folder}: method {below.recipe.method.kind} gives no features to build on"
-        )
-    return Opened(run, below, classifier)
+    return run, below
 
 
 def _rows(experiment: BaselineExperiment) -> list[list[str]]:

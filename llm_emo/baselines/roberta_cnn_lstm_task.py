@@ -41,8 +41,7 @@ class DialogueClassifier(Classifier):
     Args:
         names: C classes.
         model: the dialogue network.
-        encoder: of the finished run; it is not trained.
-        source: the folder that it was read from.
+        below: the finished run of the encoder, which is not trained.
     """
 
     model: roberta_cnn_lstm.RobertaCnnLstm
@@ -51,11 +50,11 @@ class DialogueClassifier(Classifier):
         self,
         names: Sequence[str],
         model: roberta_cnn_lstm.RobertaCnnLstm,
-        encoder: EncoderClassifier,
-        source: Path,
+        below: nested.Nested,
     ) -> None:
         super().__init__(names, model)
-        self.encoder, self.source = encoder, source
+        assert isinstance(below.classifier, EncoderClassifier)
+        self.encoder, self.below = below.classifier, below
         self._read: dict[Split, dict[str, Any]] = {}
 
     def items(self, rows: Sequence[Row], split: Split, *, augmented: bool) -> list[Item]:
@@ -102,8 +101,7 @@ class DialogueClassifier(Classifier):
     def save(self, folder: Path) -> None:
         """Write the weights, and take the encoder along."""
         save_weights(folder / CLASSIFIER, self.model)
-        below = nested.Nested(self.source, self.encoder.method, self.encoder)
-        nested.keep(below, folder / ENCODER)
+        nested.keep(self.below, folder / ENCODER)
 
     def facts(self) -> dict[str, Any]:
         """Return the encoder, and of each split read its dialogues, turns and features' time."""
@@ -132,7 +130,9 @@ def create(method: RobertaCnnLstm, experiment: BaselineExperiment) -> DialogueCl
     assert isinstance(opened.classifier, EncoderClassifier)
     made = _network(method, opened.classifier)
     names = experiment.labels.names
-    return DialogueClassifier(names, made, opened.classifier, opened.run.adapter)
+    encoder = opened.classifier
+    below = nested.Nested(opened.run.adapter, encoder.method, encoder, opened.learned)
+    return DialogueClassifier(names, made, below)
 
 
 def load(
@@ -143,13 +143,12 @@ def load(
     Raises:
         ModelError: a file is absent, damaged, or of other settings.
     """
-    source = folder / ENCODER
-    encoder = nested.read(source, experiment).classifier
-    assert isinstance(encoder, EncoderClassifier)
+    below = nested.read(folder / ENCODER, experiment)
+    assert isinstance(below.classifier, EncoderClassifier)
     with torch.random.fork_rng(devices=[]):  # as there
-        made = _network(method, encoder)
+        made = _network(method, below.classifier)
     load_weights(folder / CLASSIFIER, made)
-    return DialogueClassifier(experiment.labels.names, made.eval(), encoder, source)
+    return DialogueClassifier(experiment.labels.names, made.eval(), below)
 
 
 def _network(method: RobertaCnnLstm, encoder: EncoderClassifier) -> roberta_cnn_lstm.RobertaCnnLstm:

@@ -6,6 +6,7 @@ import pytest
 import test_encoder_task
 import test_roberta_cnn_lstm_task
 import torch
+from safetensors.torch import load_file, save_file
 from test_encoder_task import EXPERIMENT, NAMES, ROWS
 
 from llm_emo.baselines import fusion_task, nested, roberta_cnn_lstm_task
@@ -13,6 +14,7 @@ from llm_emo.baselines.encoder import width
 from llm_emo.baselines.fusion import Fusion
 from llm_emo.baselines.kinds import Fusion as FusionMethod
 from llm_emo.errors import ModelError
+from llm_emo.runs import folder_sum
 
 METHODS = {
     "fusion": FusionMethod(
@@ -37,7 +39,7 @@ def below(tmp_path):
     source = tmp_path / "below" / "adapter"
     source.mkdir(parents=True)
     encoder.save(source)
-    return nested.Nested(source, encoder.method, encoder)
+    return nested.Nested(source, encoder.method, encoder, folder_sum(source))
 
 
 def built(kind, below):
@@ -48,7 +50,7 @@ def built(kind, below):
         network = Fusion(METHODS[kind].network, features + len(NAMES), len(NAMES))
         return fusion_task.FusionClassifier(NAMES, METHODS[kind], network, {"text": below})
     network = roberta_cnn_lstm_task._network(METHODS[kind], below.classifier)
-    return roberta_cnn_lstm_task.DialogueClassifier(NAMES, network, below.classifier, below.source)
+    return roberta_cnn_lstm_task.DialogueClassifier(NAMES, network, below)
 
 
 def saved(classifier, folder):
@@ -99,6 +101,20 @@ def test_a_run_that_goes_while_another_is_trained_on_it_is_saved_all_the_same(
     shutil.rmtree(below.source)
     folder = saved(made, tmp_path / "run")
     assert said(loaded(kind, folder)) == said(made)
+
+
+@each_kind
+def test_a_run_that_is_trained_anew_meanwhile_is_saved_as_it_was_when_it_was_read(
+    kind, below, tmp_path
+):
+    made = built(kind, below)
+    expected = said(made)
+    [weights] = below.source.glob("*.safetensors")
+    other = {name: value + 0.5 for name, value in load_file(weights).items()}
+    weights.unlink()
+    save_file(other, weights)
+    folder = saved(made, tmp_path / "run")
+    assert said(loaded(kind, folder)) == expected
 
 
 @each_kind

@@ -15,6 +15,7 @@ from llm_emo.baselines import roberta_cnn_lstm_task as task
 from llm_emo.baselines.kinds import RobertaCnnLstm
 from llm_emo.errors import ModelError, RecipeError
 from llm_emo.grouping import with_history
+from llm_emo.runs import folder_sum
 from llm_emo.types import IGNORED, Utterance
 
 NAMES = ("joy", "anger", "neutral")
@@ -53,7 +54,9 @@ def encoder(tmp_path, passes, monkeypatch):  # noqa: F811
     adapter = tmp_path / "below" / "adapter"
     adapter.mkdir(parents=True)
     stands.save(adapter)
-    opened = SimpleNamespace(run=SimpleNamespace(adapter=adapter), classifier=stands)
+    opened = SimpleNamespace(
+        run=SimpleNamespace(adapter=adapter), classifier=stands, learned=folder_sum(adapter)
+    )
     monkeypatch.setattr(task.opening, "open_run", lambda run, experiment: opened)
     return stands
 
