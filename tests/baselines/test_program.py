@@ -82,6 +82,18 @@ def rows(folder, split="test"):
     return predictions.read(folder / f"{split}.predictions.jsonl")
 
 
+def test_check_counts_the_texts_of_every_row_that_lose_their_end(settings):
+    changes = (*settings["mastodon/encoder"], "method.head.max_length=6")
+    checked = program.call(
+        "check", "mastodon/encoder", "--data-root", program.FIXTURES,
+        *program.settings(*changes), "--json",
+    )  # fmt: skip
+    found = json.loads(checked.ok().out)
+    assert found["facts"]["texts_cut"] == {
+        split: values["rows"] for split, values in found["splits"].items()
+    }
+
+
 @each_kind
 def test_a_run_is_trained_measured_and_exported_with_the_same_verbs(recipe, settings, tmp_path):
     told = json.loads(train(tmp_path / "run", recipe, settings[recipe], "--json").ok().out)

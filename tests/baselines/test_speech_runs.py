@@ -60,6 +60,13 @@ def below(root, tmp_path_factory):
     return folder
 
 
+def test_check_tells_nothing_of_the_few_clips_that_it_only_tries(root):
+    options = ("--data-root", root, *settings(*NETWORK), "--json")
+    told = json.loads(call("check", "emodb/ilt", *options).ok().out)
+    heard = {split: counts["clips"] for split, counts in told["facts"]["heard"].items()}
+    assert heard == {"train": told["splits"]["train"]["rows"]}  # all of them standardise
+
+
 def probabilities(run):
     lines = (run / "test.predictions.jsonl").read_text().splitlines()[1:]
     return {row["uid"]: row["probabilities"] for row in map(json.loads, lines)}
