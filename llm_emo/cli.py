@@ -280,6 +280,12 @@ def grid(
     from llm_emo.experiment import data_root as resolve
 
     loaded = [grids.load(name) for name in table]
+    names = [name for name, _ in loaded]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RunError(
+            f"{' '.join(table)}: two grids are called {twice}, and would share {output / twice}; "
+            "rename one, or run them one by one with other folders (-o)"
+        )
     chosen = [
         (name, found.only(seeds=_numbers("--seeds", seeds), folds=_numbers("--folds", folds)))
         for name, found in loaded

@@ -11,19 +11,19 @@ cell "plain encoder" with the same seed and fold.
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llm_emo import opening, predictions, protocols, recipes, resources, runs
 from llm_emo.errors import RecipeError, RunError, nearest
-from llm_emo.experiment import AnyExperiment
+from llm_emo.experiment import AnyExperiment, BaselineExperiment
 from llm_emo.sections import Many, Section
 from llm_emo.types import Prediction, Split
-from llm_emo.validation import problems
+from llm_emo.validation import conflict, problems
 
 CLASS = "f1:"
 """In front of a class's name, the metric is the F1 of that class."""
@@ -55,9 +55,17 @@ class Grid(Section):
     seeds: Many[int] = Field(min_length=1)
     """Every cell is run with each; the interval is over them."""
     folds: Many[int] | None = None
-    """Every cell is run with each, and their predictions are put together."""
+    """Every cell is run with each, and their predictions are put together. `all` of a file is the
+    empty tuple, until `counted` knows how many the corpus has."""
     cells: Annotated[dict[str, Cell], Field(min_length=1)]
     """The rows, by name."""
+
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _all_is_empty(cls, found: object) -> object:
+        if found == []:
+            raise conflict("'folds': found an empty list; expected numbers, or all", "folds")
+        return [] if found == "all" else found
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -89,14 +97,15 @@ class Grid(Section):
         """Return the grid with some of its seeds and folds.
 
         Raises:
-            RunError: it has no such seed or fold.
+            RunError: it has no such seed or fold. Of all folds, reading the rows tells.
         """
         chosen: dict[str, tuple[int, ...]] = {}
         for name, wanted in (("seeds", seeds), ("folds", folds)):
             known = getattr(self, name) or ()
             if wanted is None:
                 continue
-            if foreign := sorted(set(wanted) - set(known)):
+            every = name == "folds" and self.folds == ()
+            if not every and (foreign := sorted(set(wanted) - set(known))):
                 raise RunError(
                     f"--{name}: the grid {self.title!r} has no "
                     f"{', '.join(map(str, foreign))} (known: {', '.join(map(str, known)) or '-'})"
@@ -148,13 +157,30 @@ class Place:
     overrides: tuple[str, ...]
 
 
+def counted(grid: Grid, folder: Path, root: Path | None) -> Grid:
+    """Return the grid with the numbers of its folds, where it takes all that the corpus has.
+
+    Raises:
+        RecipeError: the protocol has no folds.
+        EmoError: whatever reading recipes and corpora raises.
+    """
+    if grid.folds != ():
+        return grid
+    first = places(grid.model_copy(update={"folds": (0,)}), folder)[0]
+    found = _experiment(first, root).splits.record["folds"]
+    return grid.model_copy(update={"folds": tuple(range(found))})
+
+
 def places(grid: Grid, folder: Path) -> list[Place]:
-    """Return the runs of a grid, cells in their order, seeds and folds within."""
+    """Return the runs of a grid, cells in their order, seeds and folds within.
+
+    All folds must have been `counted`.
+    """
     folder = folder.resolve()  # the paths in overrides must lead there from anywhere
     made = []
     for name, cell in grid.cells.items():
         for seed in grid.seeds:
-            for fold in grid.folds or (None,):
+            for fold in (None,) if grid.folds is None else grid.folds:
                 runs_of = {other: _folder(folder, other, seed, fold) for other in grid.cells}
                 changes = [_filled(text, runs_of) for text in cell.set]
                 changes.append(f"seed={seed}")
@@ -189,22 +215,24 @@ def check(grid: Grid, folder: Path, root: Path | None) -> list[recipes.AnyRecipe
     is loaded, and nothing is written.
 
     Raises:
-        RunError: a run in the folder was begun under another recipe or on another run.
+        RunError: a run in the folder was begun under another recipe or on another run, or a run
+            that a cell builds on is no cell and is absent, unfinished or of other rows.
         ProtocolError: cells of different protocols, or no such fold.
         EmoError: whatever reading recipes and corpora raises.
     """
-    todo = places(grid, folder)
+    todo = places(counted(grid, folder, root), folder)
     loaded = [recipes.load(place.recipe, place.overrides) for place in todo]
     for recipe in loaded[1:]:
         protocols.require_comparable(loaded[0].data.protocol, recipe.data.protocol)
     _require_classes(grid, loaded[0])
-    read = set()
+    read, cells = set(), {place.folder for place in todo}
     for place, recipe in zip(todo, loaded, strict=True):
         if begun := runs.is_run(place.folder):
             _require_same(place, recipe)
         if (rows := (begun, recipe.seed, recipe.data)) not in read:
             read.add(rows)
             _experiment(place, root).rows(grid.split)
+        _require_below(place, recipe, cells, root)
     return loaded
 
 
@@ -218,6 +246,7 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
 
     if processes().num_processes > 1:
         raise RunError("grid: runs in one process; start it without `accelerate launch`")
+    grid = counted(grid, folder, root)
     loaded = check(grid, folder, root)
     todo = places(grid, folder)
     measured = []
@@ -313,6 +342,26 @@ def _require_same(place: Place, recipe: recipes.AnyRecipe) -> None:
             "remove it, or choose another folder with -o"
         )
     runs.require_same_below(run, below)
+
+
+def _require_below(
+    place: Place, recipe: recipes.AnyRecipe, cells: Set[Path], root: Path | None
+) -> None:
+    """Refuse a run below that no cell makes and that cannot be built on.
+
+    A finished place may have lost the run that it was built on.
+    """
+    run, had = runs.Run(place.folder), {}
+    if runs.is_run(run.folder) and run.finished:
+        had = runs.runs_below(run.recipe)
+    for name, path in runs.runs_below(recipe).items():
+        if path in cells or had.get(name) == path:
+            continue
+        from llm_emo.baselines import opening as of_baselines  # torch comes with it
+
+        experiment = _experiment(place, root)
+        assert isinstance(experiment, BaselineExperiment)
+        of_baselines.find_run(str(path), experiment)
 
 
 def _own(overrides: Sequence[str]) -> list[str]:

@@ -88,8 +88,8 @@ class Protocol:
 class Splits:
     """The rows of a protocol, and how they came about.
 
-    `record` is JSON-able: protocol, seed, fold, how dev and test were made, per split the
-    rows, labels, left-out rows and a SHA-256 over the sorted uids.
+    `record` is JSON-able: protocol, seed, fold, folds (how many there are), how dev and test were
+    made, per split the rows, labels, left-out rows and a SHA-256 over the sorted uids.
     """
 
     train: tuple[Row, ...]
@@ -208,6 +208,7 @@ def rows(
         "dataset": protocol.dataset,
         "seed": seed,
         "fold": fold,
+        "folds": _count_folds(protocol, corpus),
         "how": how,
         "rows": {split: len(kept[split]) for split in SPLITS},
         "left_out": {split: len(parts.get(split, [])) - len(kept[split]) for split in SPLITS},
@@ -270,7 +271,7 @@ def _hold_out(
     if protocol.partition == "random":
         return _random(protocol, everything, fold)
     by = _session if protocol.partition == "sessions" else _speaker
-    units = sorted({by(row) for row in everything})
+    units = _units(protocol, everything)
     if fold is None or not 0 <= fold < len(units):
         raise ProtocolError(
             f"{protocol.name}: found fold {fold}; expected 0 to {len(units) - 1}: the fold is the "
@@ -290,6 +291,20 @@ def _hold_out(
         "dev": f"{kind} {dev_unit}, chosen by seed {seed}",
         "test": f"{kind} {test_unit}, fold {fold} of {len(units)}",
     }
+
+
+def _count_folds(protocol: Protocol, corpus: Mapping[str, Sequence[Utterance]]) -> int | None:
+    if protocol.partition == "random":
+        return folds.FOLDS
+    if protocol.partition in ("speakers", "sessions"):
+        return len(_units(protocol, corpus[ALL]))
+    return None
+
+
+def _units(protocol: Protocol, everything: Sequence[Utterance]) -> list[str]:
+    """Return the speakers or sessions, each of which is a fold."""
+    by = _session if protocol.partition == "sessions" else _speaker
+    return sorted({by(row) for row in everything})
 
 
 def _random(

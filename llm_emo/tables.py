@@ -116,9 +116,10 @@ def show_grids(result: dict[str, Any]) -> None:
         console = Console(highlight=False, soft_wrap=True, width=100)  # a file has no edge
     for grid in result["grids"]:
         rows, even = grid["cells"][0]["n"], len(grid["seeds"]) > 1
+        chose = ", which also chose the states that are measured" if grid["split"] == "dev" else ""
         console.print(f"{escape(grid['title'])}", style="bold", soft_wrap=False)
         console.print(
-            f"{grid['protocol']}, {grid['split']} split, {rows} rows, "
+            f"{grid['protocol']}, {grid['split']} split{chose}, {rows} rows, "
             f"seeds {', '.join(map(str, grid['seeds']))}"
             + ("" if grid["folds"] is None else f", {len(grid['folds'])} folds together")
             + f"; 95 % intervals {grid['interval']}",

@@ -67,6 +67,45 @@ def test_a_changed_cell_is_not_taken_from_the_old_run(file):
     run(file).refused("begun with another recipe", "linear")
 
 
+def folds_of(file, text, *options):
+    file.write_text(text)
+    [made] = json.loads(run(file, *options, "--json").ok().out)["grids"]
+    return made["folds"], made["cells"][0]["n"]
+
+
+def test_all_folds_are_those_that_the_corpus_has(file):
+    text = (
+        "title: a floor\nsplit: test\nmetrics: [accuracy]\nseeds: [0]\nfolds: all\n"
+        "cells: {majority: {recipe: emodb/majority}}\n"
+    )
+    whole = folds_of(file, text)
+    assert whole[0] == [0, 1, 2, 3]  # the fixture's speakers
+    assert whole == folds_of(file, text.replace("all", "[0, 1, 2, 3]"))
+    assert "4 folds together" in run(file).ok().out
+    file.write_text(text)
+    run(file).ok()  # what is there is found again
+    assert folds_of(file, text, "--folds", "2,3")[0] == [2, 3]
+    run(file, "--folds", "4").refused("found fold 4; expected 0 to 3")
+    file.write_text(text.replace("emodb/", "mastodon/"))
+    run(file).refused("data.fold", "has no folds")
+    file.write_text(text.replace("all", "[]"))
+    run(file).refused("'folds'", "numbers, or all")
+
+
+def test_a_table_on_dev_says_that_dev_chose_the_states(file):
+    assert "dev split, which also chose the states that are measured," in run(file).ok().out
+    file.write_text(TABLE.replace("split: dev", "split: test"))
+    assert "chose" not in run(file).ok().out
+
+
+def test_grids_of_one_name_do_not_share_a_folder(file, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / file.name
+    other.write_text(TABLE)
+    run(file, other).refused("two grids are called table")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_cell_that_builds_on_fewer_runs_than_its_run_is_told(tmp_path):
     made = grid.Grid(
         title="t", split="dev", metrics=("accuracy",), seeds=(0,), folds=(0,),
@@ -150,7 +189,9 @@ def test_a_cell_can_build_on_the_run_of_another_with_the_same_seed_and_fold(tmp_
 
 @pytest.mark.parametrize("name", grid.names())
 def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_path):
-    _, made = grid.load(name)
+    made = grid.load(name)[1]
+    if made.folds == ():
+        made = made.only(folds=(0,))
     protocols = {
         recipes.load(place.recipe, place.overrides).data.protocol
         for place in grid.places(made, tmp_path)
@@ -160,7 +201,7 @@ def test_every_shipped_grid_names_recipes_and_settings_that_are_there(name, tmp_
 
 @pytest.mark.parametrize("name", grid.names())
 def test_every_shipped_grid_finds_its_rows_classes_and_folds(name, tmp_path, shared_data):
-    _, made = grid.load(name)
+    made = grid.counted(grid.load(name)[1], tmp_path, shared_data)
     recipe = grid.check(made, tmp_path, shared_data)[0]
     if made.folds is not None:  # every row is tested once, or a number is of some of them only
         assert list(made.folds) == list(range(len(made.folds)))

@@ -150,6 +150,34 @@ def test_a_cell_that_names_another_run_is_kept_where_that_has_learned_the_same(f
         again(folder).refused(str(above), f"built on {other}", f"remove {above}")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_no_cell_makes_must_be_finished_before_anything_is_trained(folder, there):
+    below, _ = places(folder)
+    other = folder / "other"
+    if there:
+        shutil.copytree(below, other)
+        shutil.rmtree(other / "adapter")
+    name_run(folder, other)
+    shutil.rmtree(folder / "runs")
+    refused = again(folder)
+    refused.refused(str(other), "training has not finished" if there else "no run folder")
+    assert "[1/" not in refused.err
+    assert not (folder / "runs").exists()
+
+
+def test_a_finished_cell_is_kept_when_the_run_that_it_was_built_on_is_gone(folder):
+    _, above = places(folder)
+    name_run(folder, folder / "gone")
+    overrides = json.loads((above / "overrides.json").read_text())
+    named = [f"method.encoder_run={folder / 'gone'}" if "_run=" in text else text
+             for text in overrides]  # fmt: skip
+    (above / "overrides.json").write_text(json.dumps(named))
+    (above / "dev.predictions.jsonl").unlink()  # they were made of the run under its other name
+    before = written(above / "adapter")
+    again(folder).ok()
+    assert written(above / "adapter") == before
+
+
 def test_a_run_that_is_named_by_its_path_is_held_against_what_it_was(folder):
     below, above = places(folder)
     name_run(folder, below)
