@@ -1,6 +1,7 @@
 """Tables of recipes: each cell trained once, all measured on the same rows."""
 
 import json
+from pathlib import Path
 
 import program
 import pytest
@@ -209,6 +210,12 @@ def test_every_shipped_grid_finds_its_rows_classes_and_folds(name, tmp_path, sha
         beyond = recipe.model_copy(update={"data": data})
         with pytest.raises(ProtocolError, match="fold"):
             experiment.prepare(beyond, shared_data)
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_every_shipped_grid_shows_what_costs_nothing_beside_what_learns(name):
+    _, made = grid.load(name)
+    assert {"majority", "linear"} <= {Path(cell.recipe).name for cell in made.cells.values()}
 
 
 def test_an_unknown_grid_names_the_nearest():
