@@ -2,7 +2,7 @@
 
 Any run does whose method gives features: `encoder` and `text_cnn` read, `ilt`, `cat` and
 `speech_encoder` hear. They are frozen, and what they say of a row is computed once and kept in the
-cache. They must have been trained on the very rows that this one trains on.
+cache. Their rows must be parted as this one's are; a limit on them may differ.
 
 A run keeps in `adapter/` the weights of its four layers, and in `text/` and `audio/` what the runs
 below it had learned, so it needs them no more.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm_emo import runs
 from llm_emo.baselines import nested
-from llm_emo.baselines.classifier import Classifier, Item
+from llm_emo.baselines.classifier import Classifier, Item, lent_gpu
 from llm_emo.baselines.fusion import Fusion, join
 from llm_emo.baselines.kinds import Fusion as FusionMethod
 from llm_emo.baselines.storage import load_weights, save_weights
@@ -142,10 +142,6 @@ def _said(below: Iterable[nested.Nested], rows: Sequence[Row], split: Split) -> 
     """Return features and probabilities of all classifiers beside each other, shape (N, D)."""
     encodings = []
     for classifier in (run.classifier for run in below):
-        if torch.cuda.is_available():
-            classifier.model.cuda()
-        try:
+        with lent_gpu(classifier.model):
             encodings.append(classifier.encode(rows, split))
-        finally:
-            classifier.model.cpu()  # the memory belongs to what is trained
     return join(encodings)
