@@ -74,6 +74,20 @@ def test_rows_that_cost_more_or_memory_that_grows_is_shown():
         assert volume.report(results, given).splitlines()[-1].split()[-1] == verdict
 
 
+def test_rows_are_compared_within_a_round():
+    def rounds(rows, *times):
+        return [
+            {"rows": rows, "seconds": rows * time, "peak_memory_bytes": 1 << 20, "machine": MACHINE}
+            for time in times
+        ]
+
+    given = volume.arguments(["--rounds", "3"])
+    results = {"100": rounds(100, 1.0, 2.0, 4.0), "1000": rounds(1000, 1.05, 2.1, 1.0)}
+    last = volume.report(results, given).splitlines()[-1].split()
+    assert "+5.0%" in last
+    assert last[-1] == "yes"
+
+
 @pytest.mark.parametrize("rows", ["0", "1,x", ""])
 def test_a_number_of_rows_that_is_none_is_refused(rows, capsys):
     with pytest.raises(SystemExit) as exit_:

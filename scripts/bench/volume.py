@@ -174,8 +174,10 @@ def report(results: dict[str, list[Result]], given: argparse.Namespace) -> str:
         spread = [result["seconds"] / result["rows"] * 1000 for result in rounds]
         memory = statistics.median(result["peak_memory_bytes"] for result in rounds)
         if size == fewest:
-            least = each[0], memory
-        time_share, memory_share = each[0] / least[0] - 1, memory / least[1] - 1
+            least = spread, memory
+        # Of one round, whose sides follow each other: a machine that slows down slows all of them.
+        ratios = [own / other for own, other in zip(spread, least[0], strict=True)]
+        time_share, memory_share = statistics.median(ratios) - 1, memory / least[1] - 1
         inside = abs(time_share) <= ROUGHLY and memory_share <= ROUGHLY
         rows.append(
             [size, f"{each[0] * 1000:.3f} ms", f"{min(spread):.3f}", f"{max(spread):.3f}",
@@ -186,7 +188,7 @@ def report(results: dict[str, list[Result]], given: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"mode {given.mode}, tiny random model, float32; {given.rounds} rounds; seed "
-            f"{given.seed}",
+            f"{given.seed}; change: median over the rounds of the ratio within each",
             *harness.machine_lines({harness.OURS: results[fewest]}, "torch", "transformers"),
             "",
             harness.columns(heads, rows),
