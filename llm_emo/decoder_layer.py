@@ -6,11 +6,15 @@ is its products and little else: gradients of one input are added up by the prod
 the adapters of projections that read one input are one product, and
 norms and rotary embeddings take few passes over memory.
 
+Of the last layer only the states are used whose logits are asked for; to the others' tokens it is
+keys and values. So behind its attention it computes those states alone.
+
 It serves passes with `branches` (see there; those of this program on a CPU) through layers whose
 base is frozen; whatever else comes is the layer's own forward's. That both are equal, gradients
 included, is held by tests/test_decoder_layer.py for every class in `KINDS`.
 
-Letters: N nodes, E hidden size, H heads, G key-value heads, D head dimension, P prefix length.
+Letters: N nodes, T those whose state is read, E hidden size, H heads, G key-value heads, D head
+dimension, P prefix length.
 """
 
 from collections.abc import Sequence
@@ -68,6 +72,8 @@ class _Pass:
     inputs: tuple[tuple[_Linear, ...], ...]
     """The projections by the input they read: q, k, v; o; gate, up; down."""
     cache: tuple[Cache, int] | None
+    read: Tensor | None
+    """The nodes whose state is read, each once, shape (T,); None: all of them."""
     learning: bool
     """Whether there will be a backward pass; inside an autograd function nobody can tell."""
 
@@ -80,6 +86,7 @@ def _forward(
     past_key_values: Cache | None = None,
     branches: Branches | None = None,
     prefix: Sequence[Tensor] | None = None,
+    read: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     attention, mlp = self.self_attn, self.mlp
@@ -121,6 +128,7 @@ def _forward(
         ),
         tuple(tuple(_linear(layer) for layer in group) for group in inputs),
         None if past_key_values is None else (past_key_values, attention.layer_idx),
+        read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
     )
     adapters = [
@@ -142,7 +150,9 @@ def _forward(
 def _is_plain(layer: nn.Module) -> bool:
     if type(layer) is LoraLinear:
         return type(layer.base_layer) is nn.Linear and plain(layer) and _is_plain(layer.base_layer)
-    return type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
+    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+        return False
+    return layer.bias is None or not layer.bias.requires_grad
 
 
 def _linear(layer: Any) -> _Linear:
@@ -171,8 +181,10 @@ class _Layer(torch.autograd.Function):
         del q, k, v
         if not what.learning:  # scores are the largest of all that a layer computes
             del saved, first
+        if what.read is not None:
+            attended = attended.index_select(0, what.read)  # (T, H*D)
         (middle,), o_low = _project(attended, o, by_input[1])
-        middle.add_(x)
+        middle.add_(x if what.read is None else x.index_select(0, what.read))
 
         second, second_scale = normed(middle, *what.norms[1])
         (gate, up), gate_up_low = _project(second, gate_up, by_input[2])
@@ -181,6 +193,8 @@ class _Layer(torch.autograd.Function):
         (out,), down_low = _project(product, down, by_input[3])
         out.add_(middle)
 
+        if what.read is not None:
+            out = torch.zeros_like(x).index_copy_(0, what.read, out)
         if not what.learning:
             return out
         # An input is kept for the gradients of the adapters that read it only.
@@ -203,6 +217,8 @@ class _Layer(torch.autograd.Function):
         saved, kept, low, adapters = rest[:4], rest[4:8], rest[8:12], rest[12:]
         by_input = _share(what.inputs, adapters)
         found: list[list[Tensor]] = [[], [], [], []]
+        if what.read is not None:
+            grad = grad.index_select(0, what.read)
 
         product, found[3] = _unproject((grad,), what.inputs[3], by_input[3], kept[3], low[3])
         dup = product * open_
@@ -211,13 +227,23 @@ class _Layer(torch.autograd.Function):
         dmiddle = normed_backward(second, middle, what.norms[1][0], second_scale).add_(grad)
 
         dattended, found[1] = _unproject((dmiddle,), what.inputs[1], by_input[1], kept[1], low[1])
+        if what.read is not None:
+            dattended = dattended.new_zeros(len(x), dattended.shape[1]).index_copy_(
+                0, what.read, dattended
+            )
         dq, dboth, before = pieces.backward(
             dattended, (saved[0], saved[1], saved[2], saved[3]), what.branches, what.attention_scale
         )
         dk, dv = dboth.chunk(2, 1)
         dq, dk = (_turned(part, what.cos, -what.sin) for part in (dq, dk))
-        first, found[0] = _unproject((dq, dk, dv), what.inputs[0], by_input[0], kept[0], low[0])
-        dx = normed_backward(first, x, what.norms[0][0], first_scale).add_(dmiddle)
+        qkv = (dq, dk, dv), what.inputs[0], by_input[0], kept[0], low[0]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            first, found[0] = _unproject(*qkv)
+            dx = normed_backward(first, x, what.norms[0][0], first_scale)
+            dx = dx.add_(dmiddle) if what.read is None else dx.index_add_(0, what.read, dmiddle)
+        else:  # the first layer reads frozen embeddings
+            _, found[0] = _learned(*qkv)
 
         dprefix = before.view(2, len(before) // 2, *before.shape[1:]).permute(2, 0, 1, 3)
         return dx, dprefix, None, *(part for group in found for part in group)
@@ -265,20 +291,32 @@ def _unproject(
     dx = first[0] @ first[1].weight
     for grad, linear in others:
         dx.addmm_(grad, linear.weight)
+    dlow, found = _learned(grads, group, adapters, x, low)
+    if dlow is not None:
+        dx.addmm_(dlow, torch.cat([a for _, a, _ in adapters]).to(dx.dtype))
+    return dx, found
+
+
+def _learned(
+    grads: Sequence[Tensor],
+    group: tuple[_Linear, ...],
+    adapters: _Adapters,
+    x: Tensor | None,
+    low: Tensor | None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradients of the input in the adapters' ranks, and of A and B in turn."""
     if x is None or low is None:
-        return dx, []
-    down = torch.cat([a for _, a, _ in adapters])
+        return None, []
     dlow = torch.cat(
-        [(grads[place] @ b.to(dx.dtype)).mul_(group[place].scale or 0) for place, _, b in adapters],
+        [(grads[place] @ b.to(x.dtype)).mul_(group[place].scale or 0) for place, _, b in adapters],
         1,
     )
-    dx.addmm_(dlow, down.to(dx.dtype))
-    da = torch.split((dlow.T @ x).to(down.dtype), [len(a) for _, a, _ in adapters])
+    da = torch.split((dlow.T @ x).to(adapters[0][1].dtype), [len(a) for _, a, _ in adapters])
     found: list[Tensor] = []
     for (place, _, b), part, own in zip(adapters, _parts(low, adapters), da, strict=True):
         db = (part.T @ grads[place]).T.to(b.dtype)
         found += [own, db.mul_(group[place].scale or 0)]
-    return dx, found
+    return dlow, found
 
 
 def _parts(low: Tensor, adapters: _Adapters) -> tuple[Tensor, ...]:

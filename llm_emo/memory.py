@@ -26,8 +26,9 @@ DEPTHS = (2, 3)
 def _extrapolated(drawing: Drawing, run: Callable[[], Footprint]) -> Footprint:
     """Run with few layers and go on in a straight line: every layer adds the same.
 
-    The largest moment is in the last layer or at the logits, with all that the layers below keep;
-    so it grows with depth as they do.
+    The last layer is among the few: it may compute less than the others (`decoder_layer`). The
+    largest moment is in the last layers or at the logits, with all that the layers below keep; so
+    it grows with depth as they do.
     """
     decoder: Any = drawing.base.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -37,7 +38,7 @@ def _extrapolated(drawing: Drawing, run: Callable[[], Footprint]) -> Footprint:
     footprints = []
     try:
         for depth in DEPTHS:
-            decoder.layers = layers[:depth]
+            decoder.layers = nn.ModuleList([*layers[: depth - 1], layers[-1]])
             footprints.append(run())
     finally:
         decoder.layers = layers

@@ -213,7 +213,7 @@ def node_logits(
     output = model(
         input_ids=trie.tokens.to(device)[None],
         position_ids=depth[None],
-        **_visible(model, trie, allowed, depth, keys),
+        **_visible(model, trie, nodes, allowed, depth, keys),
         logits_to_keep=nodes.to(device),
         past_key_values=None if beginning is None else beginning.cache(),
         use_cache=beginning is not None,
@@ -222,10 +222,11 @@ def node_logits(
 
 
 def _visible(
-    model: nn.Module, trie: TokenTrie, allowed: Tensor, query: Tensor, key: Tensor
+    model: nn.Module, trie: TokenTrie, nodes: Tensor, allowed: Tensor, query: Tensor, key: Tensor
 ) -> dict[str, Any]:
     """Return the arguments that say which node attends to which: a mask, or the trie's pieces.
 
+    With pieces comes which `nodes` are read, each once, for layers that can leave out the others.
     On a GPU a dense mask is one kernel's work; on a CPU the pieces are fewer operations. While
     gradients are kept, the pieces' scores are too, so a large pass leaves them to SDPA.
     """
@@ -246,7 +247,11 @@ def _visible(
         <= (attention.PLAIN_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
-        return {"attention_mask": unread, "branches": pieces.to(allowed.device)}
+        return {
+            "attention_mask": unread,
+            "branches": pieces.to(allowed.device),
+            "read": torch.unique(nodes).to(allowed.device),
+        }
     return {"attention_mask": masks_for(model, allowed, query, key)}
 
 
@@ -288,7 +293,7 @@ class TrieDecoder:
         output = model(
             input_ids=trie.tokens.to(self.device)[None],
             position_ids=depth[None],
-            **_visible(model, trie, allowed, depth, self.depth),
+            **_visible(model, trie, trie.last, allowed, depth, self.depth),
             logits_to_keep=trie.last.to(self.device),
             past_key_values=self.cache,
             use_cache=True,

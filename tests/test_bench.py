@@ -13,12 +13,13 @@ import torch
 from benches import common, load
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_emo import branches
+from llm_emo import attention, branches, decoder_layer
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError, RunError
 from llm_emo.inference import score
 from llm_emo.steps import Steps
 from llm_emo.training import answer_loss, collate
+from llm_emo.trie import TokenTrie, node_logits
 
 bench = load("train")
 harness, matrix, trainers = common("harness"), common("matrix"), common("trainers")
@@ -240,6 +241,14 @@ def test_encoded_rows_become_labels_behind_the_prompt():
 # --- operations and shares ----------------------------------------------------------------------
 
 
+def in_all_layers(model, depths, counted, **kwargs):
+    """Count linear layers and head of a pass whose last layer computes every state."""
+    everywhere = matrix.operations(model, depths, depths, **kwargs)
+    assert everywhere["linear"] > counted["linear"]
+    assert everywhere["attention"] > counted["attention"] > 0  # torch counts it in some kernels
+    return everywhere["linear"] + everywhere["adapter"] + counted["head"]
+
+
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_the_operations_of_a_step_are_those_that_torch_counts(method, monkeypatch):
     monkeypatch.setattr(branches, "SHARE", 0.0)  # torch does not count products added in place
@@ -249,9 +258,11 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(method, monkeypatc
         answer_loss(model, collate(rows)).backward()
     prefix = 4 if method == "p_tuning_v2" else 0
     counted, _, _ = matrix.of_step(model, [(row.prompt, row.answer) for row in rows], prefix=prefix)
-    assert counted.pop("attention") > 0  # which torch counts only in some of its kernels
+    depths = matrix.depths_in([(*row.prompt, *row.answer[:-1]) for row in rows])
     found = counter.get_flop_counts()["Global"]
-    assert sum(counted.values()) == sum(found[op] for op in LINEAR if op in found)
+    assert in_all_layers(model, depths, counted, prefix=prefix, training=True) == sum(
+        found[op] for op in LINEAR if op in found
+    )
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -260,18 +271,35 @@ def test_the_operations_of_scoring_are_those_that_torch_counts(architecture):
     answers = [(7, 8, 2), (7, 9, 2), (11, 2)]
     with FlopCounterMode(display=False) as counter:
         list(score(model, prompts, answers, tokens_per_pass=1000))
-    total, sizes = matrix.of_scoring(model, [prompts], answers)
-    pairs = matrix.pairs_in(matrix.trie_sizes([(*p, *a[:-1]) for p in prompts for a in answers])[1])
-    ((nodes, logits),) = sizes
-    counted = matrix.operations(model, nodes=nodes, logits=logits, pairs=pairs, training=False)
-    assert sum(counted.values()) == total
-    counted.pop("attention")
+    total, ((nodes, logits),) = matrix.of_scoring(model, [prompts], answers)
+    depths = matrix.depths_in([(*p, *a[:-1]) for p in prompts for a in answers])
+    read = [len(prompt) - 1 + at for prompt in prompts for at in (0, 1, 1, 2, 2)]
+    counted = matrix.operations(model, depths, read, training=False)
+    assert (nodes, logits, total) == (len(depths), len(read), sum(counted.values()))
     found = counter.get_flop_counts()["Global"]
-    assert sum(counted.values()) == sum(found[op] for op in LINEAR if op in found)
+    assert in_all_layers(model, depths, counted, training=False) == sum(
+        found[op] for op in LINEAR if op in found
+    )
+
+
+def test_the_last_layer_is_counted_where_it_is_read():
+    model = tiny.model("llama").requires_grad_(False)
+    model.set_attn_implementation(attention.NAME)
+    decoder_layer.write_out(model)
+    trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
+    with FlopCounterMode(display=False) as counter:
+        node_logits(model, trie, trie.last)
+    depths, read = trie.depth.tolist(), trie.depth[trie.last].tolist()
+    counted = matrix.operations(model, depths, read, training=False)
+    # Queries are not needed where nothing is read; gathering them would cost as much.
+    query = model.model.layers[-1].self_attn.q_proj.weight.numel()
+    needless = 2 * (len(depths) - len(read)) * query
+    found = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert counted["linear"] + counted["head"] + needless == found
 
 
 def test_attention_is_counted_along_each_tokens_own_path():
-    depths = matrix.trie_sizes([(5, 6, 7), (5, 6, 8)])[1]
+    depths = matrix.depths_in([(5, 6, 7), (5, 6, 8)])
     assert matrix.pairs_in(depths) == 1 + 2 + 3 + 3
     assert matrix.pairs_in(depths, prefix=4) == 1 + 2 + 3 + 3 + 4 * 4
 

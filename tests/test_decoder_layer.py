@@ -142,3 +142,39 @@ def test_a_dense_mask_is_the_layers_own(monkeypatch, written):
     trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
     node_logits(made, trie, trie.last)
     assert not written
+
+
+def test_the_last_layer_computes_the_states_that_are_read_and_no_others(monkeypatch):
+    made = ours("llama")
+    trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
+    nodes = trie.last[[3, 1, 3, 0]]  # in no order, and one of them twice
+    rows = []
+    project = decoder_layer._project
+
+    def recorded(x, *arguments):
+        rows.append(len(x))
+        return project(x, *arguments)
+
+    monkeypatch.setattr(decoder_layer, "_project", recorded)
+    found = node_logits(made, trie, nodes)
+    # queries, keys and values; the output of attention; gate and up; down
+    assert rows == [len(trie)] * 5 + [3] * 3
+    as_they_were(made)
+    torch.testing.assert_close(found, node_logits(made, trie, nodes))
+
+
+def test_nobody_computes_the_gradient_of_frozen_embeddings(monkeypatch):
+    made, rows = ours("llama"), tiny.encoded(9, shared=9)
+    calls = []
+    backward = decoder_layer.normed_backward
+
+    def recorded(*arguments):
+        calls.append(1)
+        return backward(*arguments)
+
+    monkeypatch.setattr(decoder_layer, "normed_backward", recorded)
+    learned(made, rows)
+    assert len(calls) == 3  # two in the second layer, one in the first
+    made.get_input_embeddings().weight.requires_grad_(True)
+    learned(made, rows)
+    assert len(calls) == 7

@@ -136,15 +136,17 @@ def limits(
     if side != OURS:
         return None
     # The token that ends a row is predicted, never read.
-    nodes, depths = matrix.trie_sizes([p + w for p, w in zip(prompts, found, strict=True)])
-    read, _ = matrix.trie_sizes(prompts)
-    logits = sum(len(written) + 1 for written in found)
-    counted = matrix.operations(
-        model, nodes=nodes, logits=logits, pairs=matrix.pairs_in(depths), training=False
-    )
+    depths = matrix.depths_in([p + w for p, w in zip(prompts, found, strict=True)])
+    predicting = [
+        len(prompt) - 1 + at
+        for prompt, written in zip(prompts, found, strict=True)
+        for at in range(len(written) + 1)
+    ]
+    counted = matrix.operations(model, depths, predicting, training=False)
+    read = len(matrix.depths_in(prompts))
     at = min(read, tokens_per_pass)
     rate = matrix.rate(model, nodes=at, logits=len(prompts) * at // read + 1, training=False)
-    return {"operations": sum(counted.values()), "nodes": nodes, "read": read,
+    return {"operations": sum(counted.values()), "nodes": len(depths), "read": read,
             "operations_per_second": rate, "measured_at": {"nodes": at}}  # fmt: skip
 
 

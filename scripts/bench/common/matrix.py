@@ -3,9 +3,10 @@
 Operations are those that no exact implementation can leave out, counted from distinct tokens: two
 for each multiply-add of the frozen linear layers, forward and, in training, backward to their
 inputs; of the adapter, whose weights have gradients too; of the head at the nodes with targets;
-of attention along each token's own path. Norms, activations, softmax, rotations and the optimiser
-are not counted, although they take time. Padding and repeated beginnings are not counted either:
-who computes them reaches less of the machine's rate.
+of attention along each token's own path. The last layer's states are needed where there are
+logits only; of all other tokens it needs keys and values. Norms, activations, softmax, rotations
+and the optimiser are not counted, although they take time. Padding and repeated beginnings are
+not counted either: who computes them reaches less of the machine's rate.
 
 Letters: N nodes, T nodes with logits.
 """
@@ -15,6 +16,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
+"""Layers that the last block, too, runs over all nodes."""
 
 FIRST_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 """Layers that read the embeddings in the first block: frozen, they need no gradient there."""
@@ -29,6 +33,9 @@ class Linear:
     outputs: int
     rank: int
     first: bool
+    """Whether it reads the embeddings."""
+    last: bool
+    """Whether only nodes with logits need it."""
 
     @property
     def products(self) -> int:
@@ -41,6 +48,7 @@ def linears(model: Any) -> tuple[list[Linear], Linear]:
     from torch import nn
 
     found: list[Linear] = []
+    behind = f".layers.{model.config.get_text_config().num_hidden_layers - 1}."
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         head = model.base.get_output_embeddings()
@@ -59,41 +67,43 @@ def linears(model: Any) -> tuple[list[Linear], Linear]:
                 outputs=base.out_features,
                 rank=sum(ranks.values()) if isinstance(ranks, dict) else 0,
                 first=short in FIRST_INPUTS and ".layers.0." in name,
+                last=short not in KEYS_AND_VALUES and behind in name,
             )
         )
-    last = Linear("head", head.in_features, head.out_features, 0, first=False)
-    return found, last
+    return found, Linear("head", head.in_features, head.out_features, 0, first=False, last=True)
 
 
 def operations(
-    model: Any, *, nodes: int, logits: int, pairs: int, training: bool
+    model: Any, depths: Sequence[int], read: Sequence[int], *, prefix: int = 0, training: bool
 ) -> dict[str, float]:
     """Count the operations of a pass, by kind.
 
     Args:
         model: The adapted model, or a bare one.
-        nodes: Distinct tokens.
-        logits: Nodes that need logits.
-        pairs: Pairs of a node and a node of its path, itself and a prefix included.
+        depths: Of every distinct token.
+        read: Depths of those that need logits.
+        prefix: What all of them attend to besides.
         training: Whether gradients are computed.
     """
     layers, head = linears(model)
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2.0 * pairs * config.num_attention_heads * width * config.num_hidden_layers
-    frozen = sum(layer.products * (2 if training and not layer.first else 1) for layer in layers)
-    # Gradients of both LoRA matrices and of their inputs, beside the forward products.
-    adapter = sum(
-        layer.rank * (layer.inputs + layer.outputs) * (3 if training else 1)
-        - (layer.rank * layer.inputs if training and layer.first else 0)
-        for layer in layers
-    )
+    pairs = pairs_in(depths, prefix) * (config.num_hidden_layers - 1) + pairs_in(read, prefix)
+    frozen = adapter = 0
+    for layer in layers:
+        rows = len(read) if layer.last else len(depths)
+        frozen += rows * layer.products * (2 if training and not layer.first else 1)
+        # Gradients of both LoRA matrices and of their inputs, beside the forward products.
+        adapter += rows * (
+            layer.rank * (layer.inputs + layer.outputs) * (3 if training else 1)
+            - (layer.rank * layer.inputs if training and layer.first else 0)
+        )
     return {
-        "linear": 2.0 * nodes * frozen,
-        "adapter": 2.0 * nodes * adapter,
-        "head": 2.0 * logits * head.products * (2 if training else 1),
+        "linear": 2.0 * frozen,
+        "adapter": 2.0 * adapter,
+        "head": 2.0 * len(read) * head.products * (2 if training else 1),
         # Scores and values; backward, a product for each of both factors of each.
-        "attention": 2.0 * attention * (3 if training else 1),
+        "attention": 4.0 * pairs * config.num_attention_heads * width * (3 if training else 1),
     }
 
 
@@ -150,24 +160,24 @@ def rate(model: Any, *, nodes: int, logits: int, training: bool, repeats: int = 
     return counted / statistics.median(seconds[1:])
 
 
-def trie_sizes(sequences: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
-    """Return the nodes of sequences' trie and all their depths."""
+def depths_in(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Return the depths of all nodes of sequences' trie."""
     from llm_emo.trie import TokenTrie
 
-    trie = TokenTrie.build(sequences)
-    return len(trie), trie.depth.tolist()
+    depths: list[int] = TokenTrie.build(sequences).depth.tolist()
+    return depths
 
 
 def of_step(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, prefix: int = 0
 ) -> tuple[dict[str, float], int, int]:
     """Count a training step over rows (prompt, answer); return operations, nodes, logits."""
-    nodes, depths = trie_sizes([(*prompt, *answer[:-1]) for prompt, answer in rows])
-    logits = len({(*prompt, *answer[:at]) for prompt, answer in rows for at in range(len(answer))})
+    depths = depths_in([(*prompt, *answer[:-1]) for prompt, answer in rows])
+    read = {(*prompt, *answer[:at]) for prompt, answer in rows for at in range(len(answer))}
     counted = operations(
-        model, nodes=nodes, logits=logits, pairs=pairs_in(depths, prefix), training=True
+        model, depths, [len(tokens) - 1 for tokens in read], prefix=prefix, training=True
     )
-    return counted, nodes, logits
+    return counted, len(depths), len(read)
 
 
 def of_scoring(
@@ -179,13 +189,12 @@ def of_scoring(
 ) -> tuple[float, list[tuple[int, int]]]:
     """Count scoring of groups of prompts, a pass each; return operations, (nodes, logits) each."""
     total, sizes = 0.0, []
-    read = {tuple(answer[:at]) for answer in answers for at in range(len(answer))}
     for prompts in groups:
-        nodes, depths = trie_sizes([(*p, *a[:-1]) for p in prompts for a in answers])
-        logits = len({tuple(prompt) for prompt in prompts}) * len(read)
+        depths = depths_in([(*p, *a[:-1]) for p in prompts for a in answers])
+        read = {(*p, *a[:at]) for p in prompts for a in answers for at in range(len(a))}
         counted = operations(
-            model, nodes=nodes, logits=logits, pairs=pairs_in(depths, prefix), training=False
+            model, depths, [len(tokens) - 1 for tokens in read], prefix=prefix, training=False
         )
         total += sum(counted.values())
-        sizes.append((nodes, logits))
+        sizes.append((len(depths), len(read)))
     return total, sizes
