@@ -7,6 +7,9 @@ mask keeps branches apart. What is left is the trunk; its T nodes fill what room
 and rows of their own, and attend to the trunk alone. With R rows that is R x W x (T + W) scores,
 every visible one among them, so the result is the same.
 
+Every row gets keys and values of its own, the trunk's among them: copying those costs less than
+products of two parts each, which are half as large and would leave gaps between scores.
+
 Letters: N nodes, T trunk, R rows, W their width, M = R x W places in rows, P prefix length,
 S = P + T what stands above the rows, C columns of a query's scores, H heads, G key-value heads,
 F = H / G, D head dimension.
@@ -89,7 +92,7 @@ class Branches:
     def bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
         """Return what is added to scores, 0 or -inf, shape (M, 1, C): prefix, trunk, row, filling.
 
-        Made once and kept, because all layers of a pass ask for the same.
+        Made once and kept, because all layers of a pass ask for the same; so are `columns`.
         """
         kept: dict[tuple[int, torch.dtype], Tensor] = self.__dict__.setdefault("_biases", {})
         if (prefix, dtype) not in kept:
@@ -100,6 +103,16 @@ class Branches:
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             kept[prefix, dtype] = bias.masked_fill_(~seen, -torch.inf)[:, None]
         return kept[prefix, dtype]
+
+    def columns(self, prefix: int) -> Tensor:
+        """Return the nodes behind the columns of each row, shape (R, C - P)."""
+        kept: dict[int, Tensor] = self.__dict__.setdefault("_columns", {})
+        if prefix not in kept:
+            trunk = self.trunk.expand(len(self.rows), -1)
+            filling = -(prefix + trunk.shape[1] + self.rows.shape[1]) % COLUMNS
+            unseen = self.rows[:, :1].expand(-1, filling)  # any node: nobody sees it there
+            kept[prefix] = torch.cat([trunk, self.rows, unseen], 1)
+        return kept[prefix]
 
     def to(self, device: torch.device) -> "Branches":
         """Return the pieces on `device`."""
@@ -210,9 +223,9 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Attend, and return the result, shape (N, H*D), with what `backward` needs.
 
-    Both products of a query go straight into its scores, here and in `backward`. Left to autograd,
-    every slice and concatenation of the scores is one more pass over them, and such passes
-    together cost more than the products.
+    Products go straight into scores that hold the mask already, here and in `backward`. Left to
+    autograd, every step in between is one more pass over them, and such passes together cost more
+    than the products.
 
     Args:
         nodes: Queries, shape (N, H*D).
@@ -221,53 +234,39 @@ def forward(
         branches: The trie's pieces.
         scale: What scores are multiplied by.
     """
-    groups, length, width = before.shape[0] // 2, *before.shape[1:]
-    (rows, each), fold = branches.rows.shape, nodes.shape[1] // (groups * width)
-    flat, above = branches.rows.flatten(), length + len(branches.trunk)  # (M,), S
-    q = _grouped(nodes.index_select(0, flat), groups).view(groups, -1, width).mul_(scale)
-    own = _grouped(both.index_select(0, flat), 2 * groups).view(2, -1, each, width)
-    trunk = _grouped(both.index_select(0, branches.trunk), 2 * groups)  # (2G, T, D)
-    up = torch.cat([before, trunk], 1)  # (2G, S, D)
+    (rows, each), (heads, length, width) = branches.rows.shape, before.shape
+    groups = heads // 2
+    q = _grouped(nodes.index_select(0, branches.rows.flatten()), groups)
+    q = q.view(groups * rows, -1, width).mul_(scale)  # (G*R, W*F, D)
+    own = both.index_select(0, branches.columns(length).flatten()).view(rows, -1, heads, width)
+    front = before[:, None].expand(-1, rows, -1, -1)
+    kv = torch.cat([front, own.permute(2, 0, 1, 3)], 2).view(2, groups * rows, -1, width)
 
     bias = branches.bias(length, nodes.dtype)
-    shares = q.new_empty(groups, len(flat), fold, bias.shape[-1])
-    shares = shares.copy_(bias).flatten(1, 2)  # (G, M*F, C)
-    shares[..., :above].baddbmm_(q, up[:groups].transpose(1, 2))
-    _rowwise(shares, above, rows, each).baddbmm_(_rowwise(q, 0, rows), own[0].transpose(1, 2))
-    shares = shares.softmax(-1)
-    out = shares[..., :above] @ up[groups:]
-    _rowwise(out, 0, rows).baddbmm_(_rowwise(shares, above, rows, each), own[1])
-    return _ungrouped(out, branches.place, fold), (q, own, up, shares)
+    shares = q.new_empty(groups, rows * each, q.shape[1] // each, bias.shape[-1]).copy_(bias)
+    shares = shares.view(*q.shape[:2], -1).baddbmm_(q, kv[0].transpose(1, 2)).softmax(-1)
+    return _ungrouped(shares @ kv[1], branches, groups), (q, kv, shares, before)
 
 
 def backward(
     grad: Tensor, saved: Saved, branches: Branches, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `nodes`, `both` and `before`; `grad` has shape (N, H*D)."""
-    q, own, up, shares = saved
-    (rows, each), (groups, places, width) = branches.rows.shape, q.shape
-    fold, above, length = places // (rows * each), up.shape[1], up.shape[1] - len(branches.trunk)
+    q, kv, shares, before = saved
+    (rows, each), (heads, length, width) = branches.rows.shape, before.shape
+    groups, above = heads // 2, length + len(branches.trunk)
     # A place that no node fills gets no gradient.
     nodes = grad.new_zeros(rows * each, grad.shape[1]).index_copy_(0, branches.place, grad)
-    g = _grouped(nodes, groups).view(groups, -1, width)  # (G, M*F, D)
+    g = _grouped(nodes, groups).view_as(q)
+    ds = torch._softmax_backward_data(g @ kv[1].transpose(1, 2), shares, -1, shares.dtype)
+    dnodes = _ungrouped(ds @ kv[0], branches, groups).mul_(scale)
 
-    ds = torch.empty_like(shares)
-    ds[..., above + each :] = 0
-    torch.bmm(g, up[groups:].transpose(1, 2), out=ds[..., :above])
-    torch.bmm(_rowwise(g, 0, rows), own[1].transpose(1, 2), out=_rowwise(ds, above, rows, each))
-    ds = torch._softmax_backward_data(ds, shares, -1, shares.dtype)
-    beside = _rowwise(ds, above, rows, each)
-
-    dq = ds[..., :above] @ up[:groups]
-    _rowwise(dq, 0, rows).baddbmm_(beside, own[0])
-    dnodes = _ungrouped(dq, branches.place, fold).mul_(scale)
-    # The scores stand behind: their rows have gaps, which a product can skip but not turn.
-    drow = torch.cat([_rowwise(q, 0, rows).transpose(1, 2) @ beside,
-                      _rowwise(g, 0, rows).transpose(1, 2)
-                      @ _rowwise(shares, above, rows, each)])  # fmt: skip
-    dup = torch.cat([q.transpose(1, 2) @ ds[..., :above],
-                     g.transpose(1, 2) @ shares[..., :above]]).transpose(1, 2)  # fmt: skip
-    drow = drow.view(2 * groups, rows, width, each).permute(1, 3, 0, 2).flatten(0, 1)
+    dkv = torch.empty_like(kv)
+    torch.bmm(ds.transpose(1, 2), q, out=dkv[0])
+    torch.bmm(shares.transpose(1, 2), g, out=dkv[1])
+    dkv = dkv.view(heads, rows, -1, width)
+    dup = dkv[:, :, :above].sum(1)  # (2G, S, D)
+    drow = dkv[:, :, above : above + each].permute(1, 2, 0, 3).flatten(0, 1)  # (M, 2G, D)
     dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
     dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
     return dnodes, dboth.flatten(1), dup[:, :length]
@@ -279,13 +278,7 @@ def _grouped(nodes: Tensor, groups: int) -> Tensor:
     return apart.transpose(0, 1).contiguous()
 
 
-def _ungrouped(places: Tensor, place: Tensor, fold: int) -> Tensor:
-    """Return (G, M*F, D), gathered at each node's place, as (N, G*F*D)."""
-    rows = places.view(len(places), -1, fold * places.shape[2])  # (G, M, F*D)
-    return rows.transpose(0, 1).index_select(0, place).flatten(1)
-
-
-def _rowwise(places: Tensor, first: int, rows: int, count: int | None = None) -> Tensor:
-    """View `count` columns from `first` on of (G, M*F, X) one row apart: (G*R, W*F, count)."""
-    columns = places[..., first : None if count is None else first + count]
-    return columns.view(len(places) * rows, -1, columns.shape[-1])
+def _ungrouped(places: Tensor, branches: Branches, groups: int) -> Tensor:
+    """Return (G*R, W*F, D), gathered at each node's place, as (N, G*F*D)."""
+    parts = places.view(groups, branches.rows.numel(), -1)  # (G, M, F*D)
+    return parts.transpose(0, 1).index_select(0, branches.place).flatten(1)
