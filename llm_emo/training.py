@@ -93,13 +93,13 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Summed, so that the caller divides once by the answer tokens of the global batch.
     """
-    logits = node_logits(model, batch["trie"], batch["nodes"]).float()  # (K, V)
+    logits = node_logits(model, batch["trie"], batch["nodes"])  # (K, V)
     where, labels = batch["where"].to(logits.device), batch["labels"].to(logits.device)
     real = labels != IGNORED
     # Normalised once a node, and of the words only those asked for are read: a row of the
     # vocabulary for every token would be copied several times, forward and backward.
-    losses = logits.logsumexp(-1)[where] - logits[where, labels.where(real, 0)]  # (T,)
-    return losses.where(real, 0).sum()
+    known = logits.log_softmax(-1, dtype=torch.float32)[where, labels.where(real, 0)]  # (T,)
+    return -known.where(real, 0).sum()
 
 
 class Size(NamedTuple):
