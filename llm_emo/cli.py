@@ -268,6 +268,10 @@ def grid(
         str | None,
         typer.Option(help="Only these folds, such as 0,1.", show_default="the grid's"),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Measure these rows: dev or test.", show_default="the grid's"),
+    ] = None,
     data_root: DataRoot = None,
     json_: Json = False,
 ) -> None:
@@ -286,10 +290,9 @@ def grid(
             f"{' '.join(table)}: two grids are called {twice}, and would share {output / twice}; "
             "rename one, or run them one by one with other folders (-o)"
         )
-    chosen = [
-        (name, found.only(seeds=_numbers("--seeds", seeds), folds=_numbers("--folds", folds)))
-        for name, found in loaded
-    ]
+    numbers = {"seeds": _numbers("--seeds", seeds), "folds": _numbers("--folds", folds)}
+    rows = None if split is None else _split(split)
+    chosen = [(name, found.only(**numbers, split=rows)) for name, found in loaded]
     for name, found in chosen[1:]:  # each checks itself too, but only when it begins
         grids.check(found, output / name, resolve(data_root))
     made = [grids.run(found, output / name, resolve(data_root)) for name, found in chosen]

@@ -71,35 +71,41 @@ class Grid(Section):
     def _names_are_known(self) -> Self:
         for name in self.metrics:
             if not name.startswith(CLASS) and name not in PARTS:
-                raise ValueError(f"metrics: no metric {name!r}; {nearest(name, PARTS)}")
+                raise conflict(f"'metrics': no metric {name!r}; {nearest(name, PARTS)}", "metrics")
         for name in ("seeds", "folds"):
             numbers = getattr(self, name) or ()
             if len(set(numbers)) < len(numbers):
-                raise ValueError(f"{name}: found one twice: {', '.join(map(str, numbers))}")
+                text = f"'{name}': found one twice: {', '.join(map(str, numbers))}"
+                raise conflict(text, name)
         slugs = [_slug(name) for name in self.cells]
         if len(set(slugs)) < len(slugs):
             twice = next(slug for slug in slugs if slugs.count(slug) > 1)
-            raise ValueError(f"cells: two names have one folder, {twice!r}; rename one")
+            raise conflict(f"'cells': two names have one folder, {twice!r}; rename one", "cells")
         before: list[str] = []
         for name, cell in self.cells.items():
             for below in filter(None, map(_below, cell.set)):
                 if below not in before:
-                    raise ValueError(
-                        f"cells.{name}: builds on {below!r}, which is no cell above it; "
-                        f"{nearest(below, before)}"
+                    raise conflict(
+                        f"'cells.{name}': builds on {below!r}, which is no cell above it; "
+                        f"{nearest(below, before)}",
+                        f"cells.{name}",
                     )
             before.append(name)
         return self
 
     def only(
-        self, *, seeds: tuple[int, ...] | None = None, folds: tuple[int, ...] | None = None
+        self,
+        *,
+        seeds: tuple[int, ...] | None = None,
+        folds: tuple[int, ...] | None = None,
+        split: Split | None = None,
     ) -> "Grid":
-        """Return the grid with some of its seeds and folds.
+        """Return the grid with some of its seeds and folds, or measured on another split.
 
         Raises:
             RunError: it has no such seed or fold. Of all folds, reading the rows tells.
         """
-        chosen: dict[str, tuple[int, ...]] = {}
+        chosen: dict[str, Any] = {} if split is None else {"split": split}
         for name, wanted in (("seeds", seeds), ("folds", folds)):
             known = getattr(self, name) or ()
             if wanted is None:

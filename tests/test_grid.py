@@ -140,7 +140,9 @@ def test_a_cell_that_builds_on_fewer_runs_than_its_run_is_told(tmp_path):
 def test_what_is_wrong_in_a_grid_is_told_before_anything_is_trained(file, old, new, pieces):
     assert old in TABLE
     file.write_text(TABLE.replace(old, new))
-    run(file).refused(*pieces)
+    refused = run(file)
+    refused.refused(*pieces)
+    assert "Value error" not in refused.err
     assert not (file.parent / "runs").exists()
 
 
@@ -254,3 +256,20 @@ def test_some_seeds_of_a_grid_can_be_run_and_the_others_later(file):
     run(file, "--seeds", "1,5").refused("--seeds", "5", "known: 0, 1")
     run(file, "--folds", "0").refused("--folds", "known: -")
     run(file, "--seeds", "one").refused("--seeds", "one")
+
+
+def test_the_runs_of_a_table_can_be_measured_on_another_split(file):
+    dev, test = (
+        json.loads(run(file, "--json", *more).ok().out)["grids"][0]
+        for more in ((), ("--split", "test"))
+    )
+    assert (dev["split"], test["split"]) == ("dev", "test")
+    assert dev["cells"][0]["n"] != test["cells"][0]["n"]
+    # Nothing was trained anew: the second table's predictions lie beside the first one's.
+    folders = sorted((file.parent / "runs").glob("*/*/seed*"))
+    assert folders
+    for folder in folders:
+        assert {f"{split}.predictions.jsonl" for split in ("dev", "test")} <= {
+            path.name for path in folder.iterdir()
+        }
+    run(file, "--split", "tset").refused("did you mean 'test'")
