@@ -10,6 +10,9 @@ from llm_emo.recipes import Train
 MOMENTUM = 0.9
 ADAM = (0.9, 0.999)
 """Decay rates of Adam's averages, torch's and transformers' own."""
+ADADELTA = 0.95
+"""Decay rate of Adadelta's averages, that of its paper (https://arxiv.org/abs/1212.5701, section
+4.1), which TextCNN's authors took too. torch's own is 0.9."""
 
 
 def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -31,6 +34,6 @@ def make(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimi
         case "sgd_momentum":
             return torch.optim.SGD(learning, lr=rate, weight_decay=decay, momentum=MOMENTUM)
         case "adadelta":
-            return torch.optim.Adadelta(learning, lr=rate, weight_decay=decay)
+            return torch.optim.Adadelta(learning, lr=rate, weight_decay=decay, rho=ADADELTA)
         case "adamw":
             return None
