@@ -181,10 +181,11 @@ def report(results: dict[str, list[Result]], given: argparse.Namespace) -> str:
         inside = abs(time_share) <= ROUGHLY and memory_share <= ROUGHLY
         rows.append(
             [size, f"{each[0] * 1000:.3f} ms", f"{min(spread):.3f}", f"{max(spread):.3f}",
-             f"{time_share:+.1%}", f"{memory / 2**20:.0f} MiB", f"{memory_share:+.1%}",
-             "yes" if inside else "no"]
+             f"{time_share:+.1%}", " ".join(f"{ratio - 1:+.0%}" for ratio in ratios),
+             f"{memory / 2**20:.0f} MiB", f"{memory_share:+.1%}", "yes" if inside else "no"]
         )  # fmt: skip
-    heads = ["rows", "time a row", "min", "max", "change", "peak memory", "change", "within 10%"]
+    heads = ["rows", "time a row", "min", "max", "change", "by round", "peak memory", "change",
+             "within 10%"]  # fmt: skip
     return "\n".join(
         [
             f"mode {given.mode}, tiny random model, float32; {given.rounds} rounds; seed "
