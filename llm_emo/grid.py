@@ -275,6 +275,7 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
         "title": grid.title,
         "protocol": loaded[0].data.protocol,
         "split": grid.split,
+        "dev_chose": grid.split == "dev" and any(map(_keeps_the_best, loaded)),
         "seeds": list(grid.seeds),
         "folds": None if grid.folds is None else list(grid.folds),
         "metrics": list(grid.metrics),
@@ -282,6 +283,10 @@ def run(grid: Grid, folder: Path, root: Path | None) -> dict[str, Any]:
         "cells": cells,
         "folder": str(folder),
     }
+
+
+def _keeps_the_best(recipe: recipes.AnyRecipe) -> bool:
+    return recipe.train is not None and recipe.train.keep == "best"
 
 
 def _require_classes(grid: Grid, recipe: recipes.AnyRecipe) -> None:

@@ -247,13 +247,27 @@ class Train(Section):
     max_grad_norm: float = Field(gt=0)
     """Gradients are scaled down to this norm."""
     evaluations_per_epoch: int = Field(ge=1)
-    """How often an epoch is measured on dev; the best measured state is kept."""
+    """How often an epoch is measured on dev."""
+    keep: Literal["best", "last"] = "best"
+    """The state that a run ends with: the best that was measured on dev, or the last one, which
+    dev had no part in choosing."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better one; without it, never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
     imbalance: Imbalance | None = None
     """What is done about rare classes; without it, every row counts the same."""
+
+    @model_validator(mode="after")
+    def _what_stops_early_keeps_the_best(self) -> Self:
+        if self.keep == "last" and self.early_stopping_patience is not None:
+            raise conflict(
+                "'train.keep': a run that stops early is chosen by dev; take best, or remove "
+                "'train.early_stopping_patience'",
+                "train.keep",
+                "train.early_stopping_patience",
+            )
+        return self
 
     @model_validator(mode="after")
     def _betas_belong_to_adam(self) -> Self:

@@ -99,8 +99,8 @@ def show_training(result: dict[str, Any]) -> None:
     spared = f"; {saved / (run + saved):.0%} of {run + saved:,} tokens saved" if run else ""
     rate = f" at {result['examples_per_second']:.1f} examples/s" if result["steps"] else ""
     reached = "".join(
-        f"; dev {metric} {value:.4f} at step {result['best_step']}"
-        for metric, value in result["best_dev"].items()
+        f"; dev {metric} {value:.4f} at step {result['kept_step']}"
+        for metric, value in result["kept_dev"].items()
     )
     _console().print(
         f"{escape(result['run'])}: {result['trainable_parameters']:,} parameters learned from "
@@ -116,7 +116,7 @@ def show_grids(result: dict[str, Any]) -> None:
         console = Console(highlight=False, soft_wrap=True, width=100)  # a file has no edge
     for grid in result["grids"]:
         rows, even = grid["cells"][0]["n"], len(grid["seeds"]) > 1
-        chose = ", which also chose the states that are measured" if grid["split"] == "dev" else ""
+        chose = ", which also chose the states that are measured" if grid["dev_chose"] else ""
         console.print(f"{escape(grid['title'])}", style="bold", soft_wrap=False)
         console.print(
             f"{grid['protocol']}, {grid['split']} split{chose}, {rows} rows, "

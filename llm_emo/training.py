@@ -260,6 +260,14 @@ class EmoTrainer(Trainer):
         self.totals["seconds"] += time.perf_counter() - started
         return loss
 
+    def kept(self) -> tuple[str, int, float]:
+        """Return the metric on dev, and the step and the value of the state that is kept."""
+        name, state = str(self.args.metric_for_best_model), self.state
+        if self.args.load_best_model_at_end:
+            return name, state.best_global_step, float(state.best_metric or 0)
+        last = next(entry for entry in reversed(state.log_history) if f"eval_{name}" in entry)
+        return name, int(last["step"]), float(last[f"eval_{name}"])
+
     def counts(self) -> dict[str, float]:
         """Return the tokens run and saved, and the examples per second, of the run so far.
 
@@ -413,7 +421,7 @@ def training_arguments(folder: Path, train: Train, *, seed: int, metric: str) ->
         save_strategy="steps",
         save_steps=never,
         restore_callback_states_from_checkpoint=True,  # a resume does not renew patience
-        load_best_model_at_end=True,
+        load_best_model_at_end=train.keep == "best",
         metric_for_best_model=metric,
         greater_is_better=True,
         seed=seed,

@@ -301,6 +301,7 @@ def train(job: Job | Fitted, run: runs.Run, *, resume: bool) -> dict[str, Any]:
 
 def _summary(trainer: training.EmoTrainer, job: Job) -> dict[str, Any]:
     state, count = trainer.state, methods.count_parameters(job.model)
+    metric, step, value = trainer.kept()
     epochs = state.global_step / len(job.steps)
     return {
         "trainable_parameters": count.trainable,
@@ -308,8 +309,8 @@ def _summary(trainer: training.EmoTrainer, job: Job) -> dict[str, Any]:
         "device": str(next(job.model.parameters()).device),
         "training_rows": len(job.rows),
         "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "best_dev": {trainer.args.metric_for_best_model: state.best_metric},
+        "kept_step": step,
+        "kept_dev": {metric: value},
         **job.facts,
         **job.learned(),
         **trainer.counts(),
@@ -325,8 +326,8 @@ def _keep_fitted(job: Fitted, run: runs.Run) -> dict[str, Any]:
         "device": "cpu",
         "training_rows": job.rows,
         "steps": 0,
-        "best_step": 0,
-        "best_dev": {},
+        "kept_step": 0,
+        "kept_dev": {},
         **job.facts,
         "tokens_run": 0,
         "tokens_saved": 0,

@@ -134,7 +134,7 @@ def _senses(method: kinds.Kind) -> tuple[bool, bool]:
 
 def _card(experiment: BaselineExperiment, run: runs.Run) -> str:
     recipe, training = experiment.recipe, run.environment.get("training", {})
-    shown = ", ".join(f"dev {name} {value:.4f}" for name, value in training["best_dev"].items())
+    shown = ", ".join(f"dev {name} {value:.4f}" for name, value in training["kept_dev"].items())
     reads, hears = _senses(recipe.method)
     what = (
         '"what a day!"' if not hears else '("what a day!", "clip.wav")' if reads else '"clip.wav"'
