@@ -94,7 +94,17 @@ def test_all_folds_are_those_that_the_corpus_has(file):
 
 
 def test_a_table_on_dev_says_that_dev_chose_the_states(file):
-    assert "dev split, which also chose the states that are measured," in run(file).ok().out
+    vectors = file.with_name("vectors.txt")
+    vectors.write_text("".join(f"{word} 0.5 -0.5 0.25\n" for word in ("a", "the", "you")))
+    for keep, said in (("best", True), ("last", False)):
+        changes = [f"method.vectors={vectors}", "train.epochs=1", f"train.keep={keep}",
+                   "train.early_stopping_patience=null"]  # fmt: skip
+        path = file.with_stem(keep)
+        cell = {"recipe": "mastodon/text_cnn", "set": changes}
+        path.write_text(TABLE.replace("[0, 1]", "[0]") + f'  "network": {json.dumps(cell)}\n')
+        printed = run(path).ok().out
+        assert ("dev split, which also chose the states that are measured," in printed) == said
+    assert "also chose" not in run(file).ok().out  # floors: dev chooses nothing of them
     file.write_text(TABLE.replace("split: dev", "split: test"))
     assert "chose" not in run(file).ok().out
 

@@ -269,9 +269,16 @@ def test_a_misspelled_key_is_one_problem_with_the_nearest_name(write):
     assert refusal(path) == (
         f"{path}: unknown key 'train.learning_rat'; did you mean 'learning_rate'? "
         "(known: batch_by, batch_size, betas, early_stopping_patience, epochs, "
-        "evaluations_per_epoch, gradient_checkpointing, imbalance, learning_rate, max_grad_norm, "
-        "micro_batch_size, optimizer, schedule, tokens_per_pass, warmup_ratio, weight_decay)"
+        "evaluations_per_epoch, gradient_checkpointing, imbalance, keep, learning_rate, "
+        "max_grad_norm, micro_batch_size, optimizer, schedule, tokens_per_pass, warmup_ratio, weight_decay)"
     )
+
+
+def test_a_run_that_stops_early_does_not_keep_its_last_state(write):
+    message = refusal(
+        write("seed: 0", "seed: 0"), "train.keep=last", "train.early_stopping_patience=3"
+    )
+    assert "'train.keep': a run that stops early is chosen by dev; take best" in message
 
 
 def test_all_problems_of_a_file_come_in_one_message(write):

@@ -387,7 +387,7 @@ def test_the_best_state_on_dev_is_the_one_at_the_end(method, tmp_path):
     section = tiny.train(epochs=4)
     trainer = train(tmp_path, tiny.adapted("llama", method), section, validate=validate)
     assert len(states) == 4
-    assert trainer.state.best_global_step == 6
+    assert trainer.kept() == ("f1", 6, 0.9)
     assert torch.equal(learned(trainer.model), states[1])
     assert not torch.equal(states[1], states[3])
 
@@ -398,6 +398,23 @@ def test_of_equal_states_the_earliest_is_kept(tmp_path):
         tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=3), validate=validate
     )
     assert torch.equal(learned(trainer.model), states[0])
+
+
+def test_a_run_can_keep_its_last_state(tmp_path):
+    section = tiny.train(epochs=3, keep="last")
+    validate, states = scripted(0.5, 0.9, 0.4)
+    straight = train(tmp_path / "a", tiny.adapted("llama", "lora"), section, validate=validate)
+    assert torch.equal(learned(straight.model), states[2])
+    assert not torch.equal(states[1], states[2])
+    assert straight.kept() == ("f1", 9, 0.4)
+    first, _ = scripted(0.5, 0.9)
+    train(tmp_path / "b", tiny.adapted("llama", "lora"), section, validate=first, stop_at=7)
+    second, _ = scripted(0.4)
+    resumed = train(
+        tmp_path / "b", tiny.adapted("llama", "lora"), section, validate=second, resume=True
+    )
+    assert torch.equal(learned(resumed.model), states[2])
+    assert resumed.kept() == ("f1", 9, 0.4)
 
 
 def test_training_stops_when_dev_no_longer_improves(tmp_path):
