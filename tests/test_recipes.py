@@ -270,7 +270,8 @@ def test_a_misspelled_key_is_one_problem_with_the_nearest_name(write):
         f"{path}: unknown key 'train.learning_rat'; did you mean 'learning_rate'? "
         "(known: batch_by, batch_size, betas, early_stopping_patience, epochs, "
         "evaluations_per_epoch, gradient_checkpointing, imbalance, keep, learning_rate, "
-        "max_grad_norm, micro_batch_size, optimizer, schedule, tokens_per_pass, warmup_ratio, weight_decay)"
+        "max_grad_norm, micro_batch_size, optimizer, schedule, tokens_per_pass, warmup_ratio, "
+        "weight_decay)"
     )
 
 
