@@ -26,8 +26,11 @@ NAME = "llm_emo"
 PLAIN_SCORES = 1024 * 1024
 """Queries times keys up to which the scores are kept: 18 MB a layer with nine heads in bfloat16."""
 
+KEPT_SCORES = 2 * PLAIN_SCORES
+"""What a cut trie may cost where scores and copies are kept for a backward pass."""
+
 PASSING_SCORES = 16 * PLAIN_SCORES
-"""The same where nothing is kept for a backward pass, and one layer's scores live at a time."""
+"""The same where nothing is kept, and one layer's scores live at a time."""
 
 
 def _attention(

@@ -7,8 +7,10 @@ mask keeps branches apart. What is left is the trunk; its T nodes fill what room
 and rows of their own, and attend to the trunk alone. With R rows that is R x W x (T + W) scores,
 every visible one among them, so the result is the same.
 
-Every row gets keys and values of its own, the trunk's among them: copying those costs less than
-products of two parts each, which are half as large and would leave gaps between scores.
+Every row gets a copy of the trunk's keys and values in front of its own, so that all of its scores
+are one product. Products with the trunk and with the row apart would copy nothing, but there would
+be twice as many of half the size, which several cores share badly. The copies are a part of what a
+cut costs: narrow rows have few scores and many copies.
 
 Letters: N nodes, T trunk, R rows, W their width, M = R x W places in rows, P prefix length,
 S = P + T what stands above the rows, C columns of a query's scores, H heads, G key-value heads,
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 SHARE = 0.7
-"""Of the dense scores: a cut that leaves more of them is not worth its gathering."""
+"""Of the dense scores: a cut that costs more is not worth its gathering."""
 
 WIDTHS = 48
 """For how many widths at most branches are laid into rows, those first that promise most."""
@@ -84,10 +86,10 @@ class Branches:
         above_ = _sees(query.flatten()[:, None], trunk, exit)
         return cls(trunk, query, place, above_, beside.flatten(0, 1))
 
-    @property
-    def scores(self) -> int:
-        """Scores of one head: M x (T + W)."""
-        return self.above.numel() + self.beside.numel()
+    def cost(self, front: int, copied: float) -> float:
+        """Return what the pieces cost, in scores of one head; see `cheapest`."""
+        rows, width = self.rows.shape
+        return rows * (front + len(self.trunk) + width) * (width + copied)
 
     def bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
         """Return what is added to scores, 0 or -inf, shape (M, 1, C): prefix, trunk, row, filling.
@@ -97,9 +99,8 @@ class Branches:
         kept: dict[tuple[int, torch.dtype], Tensor] = self.__dict__.setdefault("_biases", {})
         if (prefix, dtype) not in kept:
             seen = torch.cat([self.above, self.beside], 1)
-            filling = -(prefix + seen.shape[1]) % COLUMNS
             seen = torch.nn.functional.pad(seen, (prefix, 0), value=True)
-            seen = torch.nn.functional.pad(seen, (0, filling))
+            seen = torch.nn.functional.pad(seen, (0, self._filling(prefix)))
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             kept[prefix, dtype] = bias.masked_fill_(~seen, -torch.inf)[:, None]
         return kept[prefix, dtype]
@@ -109,10 +110,12 @@ class Branches:
         kept: dict[int, Tensor] = self.__dict__.setdefault("_columns", {})
         if prefix not in kept:
             trunk = self.trunk.expand(len(self.rows), -1)
-            filling = -(prefix + trunk.shape[1] + self.rows.shape[1]) % COLUMNS
-            unseen = self.rows[:, :1].expand(-1, filling)  # any node: nobody sees it there
+            unseen = self.rows[:, :1].expand(-1, self._filling(prefix))  # any node
             kept[prefix] = torch.cat([trunk, self.rows, unseen], 1)
         return kept[prefix]
+
+    def _filling(self, prefix: int) -> int:
+        return -(prefix + len(self.trunk) + self.rows.shape[1]) % COLUMNS
 
     def to(self, device: torch.device) -> "Branches":
         """Return the pieces on `device`."""
@@ -145,12 +148,18 @@ def _laid(sizes: Sequence[int], width: int) -> tuple[list[int], int]:
     return starts, rows
 
 
-def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
-    """Return the cut with the fewest scores, or None where the dense mask is about as good.
+def cheapest(
+    exit: Tensor, nodes: Tensor, *, front: int = 0, copied: float = 0.0
+) -> Branches | None:
+    """Return the cut that costs least, or None where the dense mask is about as good.
+
+    A row has front + T + W columns. Each costs W scores, and a key and a value that are copied.
 
     Args:
         exit: The node behind each node's subtree, shape (N,).
         nodes: The node of every sequence's every token, -1 behind its end, shape (B, L).
+        front: Columns that stand in front of all nodes: a beginning's and a prefix's.
+        copied: What copying a node's key and value costs, in scores of one head.
     """
     size = exit - torch.arange(len(exit))
     above = torch.full_like(size, len(exit) + 1)
@@ -159,17 +168,17 @@ def cheapest(exit: Tensor, nodes: Tensor) -> Branches | None:
     sizes, parents = size.numpy(), above.numpy()
     widths = np.arange(1, len(exit))
     trunks = len(exit) - np.searchsorted(np.sort(sizes), widths, "right")
-    scores = widths * (trunks + widths)  # of a row
+    costs = (front + trunks + widths) * (widths + copied)  # of a row
     fewest_rows = -(-len(exit) // widths)
-    best, fewest = None, SHARE * len(exit) ** 2
-    for at in np.argsort(fewest_rows * scores, kind="stable")[:WIDTHS].tolist():
-        if fewest_rows[at] * scores[at] >= fewest:
+    best, least = None, SHARE * len(exit) * (front + len(exit))
+    for at in np.argsort(fewest_rows * costs, kind="stable")[:WIDTHS].tolist():
+        if fewest_rows[at] * costs[at] >= least:
             break
         width = int(widths[at])
         _, rows = _laid(sizes[(sizes <= width) & (parents > width)].tolist(), width)
-        found = max(rows, int(fewest_rows[at])) * int(scores[at])
-        if found < fewest:
-            best, fewest = width, found
+        found = max(rows, int(fewest_rows[at])) * float(costs[at])
+        if found < least:
+            best, least = width, found
     return None if best is None else Branches.cut(exit, above, best)
 
 
@@ -234,13 +243,13 @@ def forward(
         branches: The trie's pieces.
         scale: What scores are multiplied by.
     """
-    (rows, each), (heads, length, width) = branches.rows.shape, before.shape
-    groups = heads // 2
+    (rows, each), (parts, length, size) = branches.rows.shape, before.shape
+    groups = parts // 2
     q = _grouped(nodes.index_select(0, branches.rows.flatten()), groups)
-    q = q.view(groups * rows, -1, width).mul_(scale)  # (G*R, W*F, D)
-    own = both.index_select(0, branches.columns(length).flatten()).view(rows, -1, heads, width)
+    q = q.view(groups * rows, -1, size).mul_(scale)  # (G*R, W*F, D)
+    own = both.index_select(0, branches.columns(length).flatten()).view(rows, -1, parts, size)
     front = before[:, None].expand(-1, rows, -1, -1)
-    kv = torch.cat([front, own.permute(2, 0, 1, 3)], 2).view(2, groups * rows, -1, width)
+    kv = torch.cat([front, own.permute(2, 0, 1, 3)], 2).view(2, groups * rows, -1, size)
 
     bias = branches.bias(length, nodes.dtype)
     shares = q.new_empty(groups, rows * each, q.shape[1] // each, bias.shape[-1]).copy_(bias)
@@ -253,8 +262,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `nodes`, `both` and `before`; `grad` has shape (N, H*D)."""
     q, kv, shares, before = saved
-    (rows, each), (heads, length, width) = branches.rows.shape, before.shape
-    groups, above = heads // 2, length + len(branches.trunk)
+    (rows, each), (parts, length, size) = branches.rows.shape, before.shape
+    groups, above = parts // 2, length + len(branches.trunk)
     # A place that no node fills gets no gradient.
     nodes = grad.new_zeros(rows * each, grad.shape[1]).index_copy_(0, branches.place, grad)
     g = _grouped(nodes, groups).view_as(q)
@@ -264,7 +273,7 @@ def backward(
     dkv = torch.empty_like(kv)
     torch.bmm(ds.transpose(1, 2), q, out=dkv[0])
     torch.bmm(shares.transpose(1, 2), g, out=dkv[1])
-    dkv = dkv.view(heads, rows, -1, width)
+    dkv = dkv.view(parts, rows, -1, size)
     dup = dkv[:, :, :above].sum(1)  # (2G, S, D)
     drow = dkv[:, :, above : above + each].permute(1, 2, 0, 3).flatten(0, 1)  # (M, 2G, D)
     dboth = drow.index_select(0, branches.place)  # (N, 2G, D)

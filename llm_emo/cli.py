@@ -270,7 +270,7 @@ def grid(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="Measure these rows: dev or test.", show_default="the grid's"),
+        typer.Option(help="Measure these rows: train, dev or test.", show_default="the grid's"),
     ] = None,
     data_root: DataRoot = None,
     json_: Json = False,

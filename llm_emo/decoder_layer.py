@@ -6,8 +6,9 @@ is its products and little else: gradients of one input are added up by the prod
 the adapters of projections that read one input are one product, and
 norms and rotary embeddings take few passes over memory.
 
-Of the last layer only the states are used whose logits are asked for; to the others' tokens it is
-keys and values. So behind its attention it computes those states alone.
+Of the last layer, states are used only at nodes whose logits are asked for; all other nodes serve
+them as keys and values. So what stands behind its attention runs at those nodes only; queries run
+at all of them, because gathering would cost as much.
 
 It serves passes with `branches` (see there; those of this program on a CPU) through layers whose
 base is frozen; whatever else comes is the layer's own forward's. That both are equal, gradients
@@ -304,7 +305,7 @@ def _learned(
     x: Tensor | None,
     low: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of the input in the adapters' ranks, and of A and B in turn."""
+    """Return the gradient of x A^T, shape (N, sum of ranks), and those of A and B in turn."""
     if x is None or low is None:
         return None, []
     dlow = torch.cat(

@@ -239,7 +239,8 @@ class Train(Section):
     schedule: Literal["linear", "cosine", "constant"]
     """Course of the learning rate after the warm-up: to zero, or kept."""
     optimizer: Literal["adamw", "adam", "sgd", "sgd_momentum", "adadelta"] = "adamw"
-    """The optimiser; momentum is 0.9. Only `adamw` decays weights apart from the gradient."""
+    """The optimiser; momentum is 0.9, Adadelta's averages decay by 0.95. Only `adamw` decays
+    weights apart from the gradient."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
     """Decay rates of the two averages of `adamw` and `adam`; without it 0.9 and 0.999."""
     warmup_ratio: float = Field(ge=0, lt=1)

@@ -226,14 +226,17 @@ def _visible(
 ) -> dict[str, Any]:
     """Return the arguments that say which node attends to which: a mask, or the trie's pieces.
 
-    With pieces comes which `nodes` are read, each once, for layers that can leave out the others.
     On a GPU a dense mask is one kernel's work; on a CPU the pieces are fewer operations. While
-    gradients are kept, the pieces' scores are too, so a large pass leaves them to SDPA.
+    gradients are kept, what the pieces cost is too, so a large pass is left to SDPA.
+
+    Beside pieces stands `read`: the nodes whose logits are asked for, sorted, each once. A layer
+    may return zeros as the last states of all others.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     # What stands in front of all nodes: a beginning's columns, and a prefix's.
     front = len(key) - len(trie) + int(getattr(inner, "prefix_length", 0))
+    copied = _copied(config)
     if (
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
@@ -242,9 +245,9 @@ def _visible(
         and getattr(config, "v_head_dim", None) is None  # values of another width than keys
         # Asked of the trie's own depths, which are numbers on every device.
         and not _slides(config, trie.depth + (len(key) - len(trie)))
-        and (pieces := cheapest(trie.exit, trie.nodes)) is not None
-        and pieces.scores + front * len(pieces.above)
-        <= (attention.PLAIN_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
+        and (pieces := cheapest(trie.exit, trie.nodes, front=front, copied=copied)) is not None
+        and pieces.cost(front, copied)
+        <= (attention.KEPT_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
         return {
@@ -253,6 +256,17 @@ def _visible(
             "read": torch.unique(nodes).to(allowed.device),
         }
     return {"attention_mask": masks_for(model, allowed, query, key)}
+
+
+def _copied(config: Any) -> float:
+    """Return what copying a node's key and value costs, in scores of one head: D / F.
+
+    They are 2D numbers for the F heads that share them; a score, which is written, masked,
+    normalised and multiplied, costs about twice as much as copying a number.
+    """
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return size * (getattr(config, "num_key_value_heads", None) or heads) / heads  # type: ignore[no-any-return]
 
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -325,7 +339,7 @@ class TrieDecoder:
 
 @torch.inference_mode()
 def verify(model: nn.Module) -> float:
-    """Run four short sequences through a trie and alone; return the largest relative difference.
+    """Run short sequences through a trie and some alone; return the largest relative difference.
 
     Some architectures ignore `position_ids` or a prepared 4-D mask (ALiBi, recurrent layers).
     They would train on wrong states without a word, so every model is asked once.
@@ -334,14 +348,19 @@ def verify(model: nn.Module) -> float:
         ModelError: the difference is beyond rounding.
     """
     model.eval()
-    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    ids = [(7 * i + 3) % size for i in range(24)]
-    # Four tokens, and four branches of five: enough to be cut in pieces where passes are.
-    sequences = [ids[:4] + ids[start : start + 5] for start in range(4, 24, 5)]
-    trie = TokenTrie.build(sequences)
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    copied, device = _copied(config), next(model.parameters()).device
+    # Four tokens, and branches of twelve: as many as it takes to be cut where passes are.
+    for count in (4, 8, 16, 32, 64):
+        ids = [(7 * place + 3) % config.vocab_size for place in range(4 + 12 * count)]
+        sequences = [ids[:4] + ids[start : start + 12] for start in range(4, len(ids), 12)]
+        trie = TokenTrie.build(sequences)
+        if not _in_pieces(device) or cheapest(trie.exit, trie.nodes, copied=copied) is not None:
+            break
     together = node_logits(model, trie, trie.last).float()
     differences = []
-    for row, sequence in enumerate(sequences):
+    for row in range(0, count, count // 4):
+        sequence = sequences[row]
         alone = node_logits(
             model, TokenTrie.build([sequence]), torch.tensor([len(sequence) - 1])
         ).float()

@@ -19,6 +19,10 @@ ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 tries = st.lists(ids, min_size=1, max_size=8).map(TokenTrie.build)
 
 
+COPIED = 4.0
+"""Of the tiny models: keys of eight numbers, which two heads share."""
+
+
 def pieces(trie: TokenTrie, width: int) -> Branches:
     """Cut at a width of the test's choice, whether or not it pays."""
     size = trie.exit - torch.arange(len(trie))
@@ -110,12 +114,25 @@ def batch(rows: int = 8, shared: int = 12) -> TokenTrie:
     return TokenTrie.build([r.prompt + r.answer for r in tiny.encoded(rows, shared=shared)])
 
 
-def test_the_cheapest_cut_has_the_fewest_scores_of_all():
-    trie = batch()
-    best = cheapest(trie.exit, trie.nodes)
+@pytest.mark.parametrize(("front", "copied"), [(0, 0.0), (0, 6.5), (30, 0.0), (30, 6.5)])
+def test_of_all_cuts_the_cheapest_is_taken(front, copied):
+    trie = batch(24)
+    best = cheapest(trie.exit, trie.nodes, front=front, copied=copied)
     assert best is not None
-    every = [pieces(trie, width).scores for width in range(1, len(trie))]
-    assert best.scores == min(every) <= branches.SHARE * len(trie) ** 2
+    every = [pieces(trie, width).cost(front, copied) for width in range(1, len(trie))]
+    dense = len(trie) * (front + len(trie))
+    assert best.cost(front, copied) == min(every) <= branches.SHARE * dense
+    assert best.cost(front, 0) == best.above.numel() + best.beside.numel() + front * len(best.above)
+
+
+def test_copies_ask_for_wide_rows():
+    # A long text and many that end one token behind it: rows of one would copy it every time.
+    trie = TokenTrie.build([list(range(5, 45)), *([*range(5, 45), 50 + row] for row in range(400))])
+    free = cheapest(trie.exit, trie.nodes)
+    dear = cheapest(trie.exit, trie.nodes, copied=21.0)
+    assert free is not None
+    assert dear is not None
+    assert len(dear.rows) < len(free.rows) / 2
 
 
 def test_a_single_sequence_is_left_whole():
@@ -198,7 +215,7 @@ def test_dropout_inside_attention_is_left_to_sdpa(counted):
 
 def test_scores_that_would_be_kept_for_the_backward_pass_have_a_limit(counted, monkeypatch):
     made, trie = ours("llama", "lora"), batch()
-    monkeypatch.setattr(attention, "PLAIN_SCORES", 10)
+    monkeypatch.setattr(attention, "KEPT_SCORES", 10)
     node_logits(made, trie, trie.last)
     assert not counted
     with torch.no_grad():
@@ -210,14 +227,14 @@ def test_scores_that_would_be_kept_for_the_backward_pass_have_a_limit(counted, m
 def test_the_limit_counts_the_columns_of_prefix_and_beginning(method, counted, monkeypatch):
     made, rows = ours("llama", method), [row.prompt for row in tiny.encoded(9, shared=9)]
     trie = TokenTrie.build([row[4:] for row in rows])
-    cut = cheapest(trie.exit, trie.nodes)
-    assert cut is not None
     before = 4 + (made.prefix_length if method == "p_tuning_v2" else 0)
+    cut = cheapest(trie.exit, trie.nodes, front=before, copied=COPIED)
+    assert cut is not None
     with torch.no_grad():
         front = begin(made, rows[0][:4])
         for spare in (0, -1):
             counted.clear()
-            limit = cut.scores + before * len(cut.above) + spare
+            limit = cut.cost(before, COPIED) + spare
             monkeypatch.setattr(attention, "PASSING_SCORES", limit)
             node_logits(made, trie, trie.last, front)
             assert bool(counted) == (spare == 0)

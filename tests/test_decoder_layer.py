@@ -178,3 +178,16 @@ def test_nobody_computes_the_gradient_of_frozen_embeddings(monkeypatch):
     made.get_input_embeddings().weight.requires_grad_(True)
     learned(made, rows)
     assert len(calls) == 7
+    found = made.get_input_embeddings().weight.grad
+    as_they_were(made)
+    learned(made, rows)
+    assert tiny.distance(found, made.get_input_embeddings().weight.grad) < 1e-5
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_pass_without_targets_leaves_every_gradient_at_zero(method, written):
+    made = ours("llama", method)
+    trie = TokenTrie.build([row.prompt for row in tiny.encoded(9, shared=9)])
+    node_logits(made, trie, torch.empty(0, dtype=torch.long)).sum().backward()
+    assert len(written) == 2
+    assert not tiny.gradients(made).any()

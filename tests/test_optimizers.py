@@ -27,6 +27,7 @@ def test_every_optimizer_goes_downhill_with_the_recipes_numbers(kind):
     assert group["lr"] == settings.learning_rate
     assert group["weight_decay"] == 0.25
     assert group.get("momentum", 0) == (0.9 if kind == "sgd_momentum" else 0)
+    assert group.get("rho") == (0.95 if kind == "adadelta" else None)
 
 
 def test_adam_takes_the_recipes_betas():

@@ -74,7 +74,11 @@ _ATTENTION: dict[Any, Any] = {
     _CPU_KERNEL_BACKWARD: flop_registry[_CUDA_KERNEL_BACKWARD],
     # Queries with keys, shares with values. Other batched products of a decoder are small.
     _aten.bmm: flop_registry[_aten.bmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
 }
+
+# torch's registry leaves out products that are added in place.
+_PRODUCTS: dict[Any, Any] = flop_registry | _ATTENTION | {_aten.addmm_: flop_registry[_aten.addmm]}
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -128,7 +132,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak, self.peak_logits = alive, self.live_logits
         self.logits = max(self.logits, self.live_logits)
         packet = func.overloadpacket
-        count = _ATTENTION.get(packet) or flop_registry.get(packet)
+        count = _PRODUCTS.get(packet)
         if count is not None:
             self._count(packet, count(*args, **kwargs, out_val=out), (*args, out))
         return out

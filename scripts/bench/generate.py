@@ -137,12 +137,14 @@ def limits(
         return None
     # The token that ends a row is predicted, never read.
     depths = matrix.depths_in([p + w for p, w in zip(prompts, found, strict=True)])
-    predicting = [
-        len(prompt) - 1 + at
+    predicting = {
+        (*prompt, *written[:at])
         for prompt, written in zip(prompts, found, strict=True)
         for at in range(len(written) + 1)
-    ]
-    counted = matrix.operations(model, depths, predicting, training=False)
+    }
+    counted = matrix.operations(
+        model, depths, [len(tokens) - 1 for tokens in predicting], training=False
+    )
     read = len(matrix.depths_in(prompts))
     at = min(read, tokens_per_pass)
     rate = matrix.rate(model, nodes=at, logits=len(prompts) * at // read + 1, training=False)

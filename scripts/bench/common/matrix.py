@@ -116,8 +116,9 @@ def rate(model: Any, *, nodes: int, logits: int, training: bool, repeats: int = 
     """Measure this machine's operations per second on the step's own matrix products alone.
 
     All frozen linear layers in their order, each with its own weights (so that they come from
-    memory as they do in a step), over as many rows as there are nodes; the head over those with
-    logits; in training all of them backward to their inputs too. The median of `repeats`.
+    memory as they do in a step), over as many rows as there are nodes that need them; the head over
+    those with logits; in training all of them backward to their inputs too. The median of
+    `repeats`.
     """
     import torch
 
@@ -134,7 +135,8 @@ def rate(model: Any, *, nodes: int, logits: int, training: bool, repeats: int = 
         if weight is None or weight.shape != (layer.outputs, layer.inputs):  # the head; packed ones
             weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=device)
         weights.append(weight.detach())
-    rows = [nodes] * len(layers) + [max(logits, 1)]
+    read = max(logits, 1)
+    rows = [read if layer.last else nodes for layer in (*layers, head)]
     ready = {
         (count, size): torch.randn(count, size, dtype=dtype, device=device)
         for layer, count in zip((*layers, head), rows, strict=True)
