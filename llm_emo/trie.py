@@ -259,14 +259,14 @@ def _visible(
 
 
 def _copied(config: Any) -> float:
-    """Return what copying a node's key and value costs, in scores of one head: D / F.
+    """Return what copying a node's key and value costs, in scores of one head: D / 2F.
 
     They are 2D numbers for the F heads that share them; a score, which is written, masked,
-    normalised and multiplied, costs about twice as much as copying a number.
+    normalised and multiplied, costs about as much as copying four.
     """
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return size * (getattr(config, "num_key_value_heads", None) or heads) / heads  # type: ignore[no-any-return]
+    return size * (getattr(config, "num_key_value_heads", None) or heads) / heads / 2  # type: ignore[no-any-return]
 
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")

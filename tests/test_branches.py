@@ -19,7 +19,7 @@ ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 tries = st.lists(ids, min_size=1, max_size=8).map(TokenTrie.build)
 
 
-COPIED = 4.0
+COPIED = 2.0
 """Of the tiny models: keys of eight numbers, which two heads share."""
 
 
