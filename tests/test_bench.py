@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -302,6 +303,34 @@ def test_attention_is_counted_along_each_tokens_own_path():
     depths = matrix.depths_in([(5, 6, 7), (5, 6, 8)])
     assert matrix.pairs_in(depths) == 1 + 2 + 3 + 3
     assert matrix.pairs_in(depths, prefix=4) == 1 + 2 + 3 + 3 + 4 * 4
+
+
+def test_a_profile_says_what_time_went_to():
+    def event(key, shapes, seconds, count=1):
+        return SimpleNamespace(
+            key=key, input_shapes=shapes, count=count,
+            self_cpu_time_total=seconds * 1e6, self_device_time_total=0.0,
+        )  # fmt: skip
+
+    text = bench.by_kind(
+        [
+            event("aten::mm", [[50, 64], [64, 100]], 4.0, count=2),
+            event("aten::addmm_", [[50, 64], [50, 8], [8, 64], [], []], 1.0),
+            event("aten::bmm", [[3, 50, 64], [3, 64, 50]], 0.5),
+            event("aten::baddbmm_", [[3, 50, 50], [3, 50, 64], [3, 64, 50]], 0.5),
+            event("aten::mm", [[5, 64], [64, 999]], 2.0),
+            event("aten::mul", [[50, 64], [50, 64]], 2.0),
+        ],
+        vocabulary=999,
+        ranks={8, 16, 24},
+    )
+    shares = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
+    assert shares["products of frozen layers"][0] == "40.0%"
+    assert shares["products of the adapter"][0] == shares["products of attention"][0] == "10.0%"
+    assert shares["products of the head"][0] == shares["all else"][0] == "20.0%"
+    assert "1.25 times as fast" in text
+    _, done = bench.kind_of("aten::baddbmm_", [[3, 50, 50], [3, 50, 64], [3, 64, 50]], 999, set())
+    assert done == 2 * 3 * 50 * 64 * 50
 
 
 def test_the_measured_rate_is_a_rate():

@@ -18,7 +18,7 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,58 @@ def measure(given: argparse.Namespace) -> Result:
     }
 
 
+def kind_of(
+    name: str, shapes: Sequence[Sequence[int]], vocabulary: int, ranks: Set[int]
+) -> tuple[str, float]:
+    """Return what an operation of a step serves, and how many operations a product does.
+
+    Args:
+        name: As torch's profiler calls it.
+        shapes: Of its inputs.
+        vocabulary: The head's outputs.
+        ranks: A side of every product of an adapter.
+    """
+    short = name.removeprefix("aten::").rstrip("_")
+    if short not in ("mm", "addmm", "bmm", "baddbmm"):
+        return "all else", 0.0
+    first, second = shapes[1:3] if "add" in short else shapes[:2]
+    done = 2.0 * math.prod(first) * second[-1]
+    if "bmm" in short:
+        return "products of attention", done
+    sizes = (*first, second[-1])
+    if vocabulary in sizes:
+        return "products of the head", done
+    if not ranks.isdisjoint(sizes):
+        return "products of the adapter", done
+    return "products of frozen layers", done
+
+
+def by_kind(events: Sequence[Any], vocabulary: int, ranks: Set[int]) -> str:
+    """Return what a step's time went to, as a table, and what would be left without `all else`."""
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        kind, done = kind_of(event.key, event.input_shapes, vocabulary, ranks)
+        time = event.self_cpu_time_total + event.self_device_time_total
+        entry = spent.setdefault(kind, [0.0, 0.0])
+        entry[0] += time / 1e6
+        entry[1] += done * event.count
+    total = sum(seconds for seconds, _ in spent.values())
+    rows = [
+        [kind, f"{seconds / total:.1%}", f"{done / seconds / 1e9:.0f} GFLOP/s" if done else ""]
+        for kind, (seconds, done) in sorted(spent.items(), key=lambda item: -item[1][0])
+    ]
+    left = 1 - spent.get("all else", [0.0])[0] / total
+    return "\n".join(
+        [
+            harness.columns(["time", "share", "rate"], rows),
+            f"were all else free, a step would be {1 / left:.2f} times as fast; the profiler slows "
+            "what is small, so it is less",
+        ]
+    )
+
+
 def profile(given: argparse.Namespace) -> str:
-    """Return the operations of a forward and a backward pass of this program, largest first."""
+    """Return what a forward and a backward pass of this program spend their time on."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -201,11 +251,17 @@ def profile(given: argparse.Namespace) -> str:
         activities.append(ProfilerActivity.CUDA)
     for step in steps[:WARM_UP]:
         answer_loss(model, collate(step)).backward()
-    with profiler(activities=activities) as found:
+    with profiler(activities=activities, record_shapes=True) as found:
         for step in steps[WARM_UP:]:
             answer_loss(model, collate(step)).backward()
     table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
-    return f"{given.recipe}: {len(steps) - WARM_UP} steps in {labeller.base.dtype}\n{table}"
+    events = found.key_averages(group_by_input_shape=True)
+    layers, head = matrix.linears(model)
+    # Of one projection, or of all that read one input.
+    ranks = {layer.rank * count for layer in layers for count in (1, 2, 3)}
+    kinds = by_kind(events, head.outputs, ranks)
+    heading = f"{given.recipe}: {len(steps) - WARM_UP} steps in {labeller.base.dtype}"
+    return "\n".join([heading, table, kinds])
 
 
 def limits(side: str, model: Any, recipe: Any, steps: trainers.Steps) -> dict[str, Any] | None:
