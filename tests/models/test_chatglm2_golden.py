@@ -396,7 +396,8 @@ def test_a_prefix_on_a_four_bit_base_learns_as_on_the_same_weights_written_out(
     assert abs(float((values[0] - values[1]).detach())) <= EXACT
     for value in values:
         value.backward()
-    assert worst(tiny.gradients(packed), tiny.gradients(plain)) <= EXACT
+    # As above, two orders of sums differ: the dequantised weights' and the trie's.
+    assert worst(tiny.gradients(packed), tiny.gradients(plain)) <= 2 * EXACT
 
 
 # --- LoRA on the fused query_key_value ----------------------------------------------------------
