@@ -201,6 +201,7 @@ class EmoTrainer(Trainer):
         if not rows:
             raise JobFailed("no training rows to learn from")
         self.steps, self.validate, self.task = steps, validate, task or Answers()
+        self.learning = [part for part in model.parameters() if part.requires_grad]
         self.control: TrainerControl
         # Of the whole run and of all processes; checkpoints carry them over an interruption.
         self.totals: dict[str, float] = dict.fromkeys(
@@ -241,20 +242,32 @@ class EmoTrainer(Trainer):
             self.totals[name] += count
         return whole[0]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the Trainer does; all modules are told that they train, once."""
+        self.model.train()  # parts that came from files are in eval mode, whatever the whole says
+        return super().train(*args, **kwargs)
+
     def training_step(
         self,
         model: nn.Module,
         inputs: list[Batch],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Run a step's passes forward and backward, on the clock; return its loss, shape ()."""
+        """Run a step's passes forward and backward, on the clock; return its loss, shape ().
+
+        Written out, because the Trainer's own walks through all modules of the model in each pass,
+        to say to them that they train, which takes a hundredth of a step. `train` and `evaluate`
+        have said it.
+        """
         started = time.perf_counter()
         loss = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs, start=1):
             # Processes exchange gradients once a step, however many passes each of them has.
             last = number == len(inputs)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss += super().training_step(model, batch, num_items_in_batch)
+                share = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(share)
+                loss += share.detach()
         if loss.is_cuda:  # the last kernels are only queued
             torch.cuda.synchronize(loss.device)
         self.totals["seconds"] += time.perf_counter() - started
@@ -292,6 +305,11 @@ class EmoTrainer(Trainer):
         # Gradients are averaged over processes, hence the factor.
         share: Tensor = self.task.loss(model, inputs) * self.accelerator.num_processes
         return share / num_items_in_batch
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        # The Trainer's own looks for gradients in frozen layers too.
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.learning, self.args.max_grad_norm)
+        return norm
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Return 0: the estimate of transformers counts padded tokens, of which there are none."""
@@ -409,7 +427,7 @@ def training_arguments(folder: Path, train: Train, *, seed: int, metric: str) ->
         else "constant_with_warmup",
         warmup_steps=train.warmup_ratio,  # a float below 1 is a share of all steps
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         adam_beta1=(train.betas or ADAM)[0],
         adam_beta2=(train.betas or ADAM)[1],
         activation_checkpointing=train.gradient_checkpointing,

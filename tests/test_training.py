@@ -471,6 +471,27 @@ def test_evaluation_does_not_change_training(tmp_path):
     assert trail(runs[0]) == trail(runs[1])
 
 
+def test_all_modules_train_in_every_step(tmp_path, monkeypatch):
+    # What comes from files is in eval mode, and evaluation puts everything into it.
+    made, modes = tiny.adapted("llama", "lora"), []
+    made.get_base_model().eval()
+    compute = EmoTrainer.compute_loss
+
+    def recorded(self, model, *args, **kwargs):
+        modes.append({module.training for module in model.modules()})
+        return compute(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(EmoTrainer, "compute_loss", recorded)
+
+    def validate(model):
+        model.eval()
+        return {"f1": 1.0}
+
+    train(tmp_path, made, tiny.train(epochs=2, evaluations_per_epoch=2), validate=validate)
+    assert len(modes) > 2
+    assert all(mode == {True} for mode in modes)
+
+
 # --- resuming ----------------------------------------------------------------------------------
 
 
