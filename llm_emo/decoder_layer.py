@@ -33,8 +33,9 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from llm_emo import branches as pieces
+from llm_emo import machine
 from llm_emo.branches import Branches
-from llm_emo.lean import normed, normed_backward, plain
+from llm_emo.lean import gated, gated_backward, normed, normed_backward, plain, rotate
 
 KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Norm, attention with rotary embeddings, norm, gated SiLU; residuals around both."""
@@ -45,6 +46,10 @@ def write_out(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp):
             module.forward = partial(_forward, module)
+            for layers in _by_input(module):
+                if _is_one(layers) and not layers[0].weight.is_cuda:
+                    _stacked([_base(layer) for layer in layers])
+    machine.trim()  # of the weights that are parts of a stack now
 
 
 def _is_gated_by_silu(mlp: Any) -> bool:
@@ -52,12 +57,20 @@ def _is_gated_by_silu(mlp: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A frozen projection; with LoRA, `scale` is that of its update, else None."""
+class _Group:
+    """Frozen projections of one input, as one."""
 
     weight: Tensor
+    """All outputs, one projection's below another's."""
     bias: Tensor | None
-    scale: float | None
+    sizes: tuple[int, ...]
+    """The outputs of each."""
+    ranks: tuple[int, ...]
+    """The rank of the LoRA of each; 0: it has none."""
+    scale: float
+    """What LoRA's updates are multiplied by."""
+    dtype: torch.dtype
+    """What LoRA's matrices learn in."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class _Pass:
     sin: Tensor
     attention_scale: float
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
-    inputs: tuple[tuple[_Linear, ...], ...]
+    inputs: tuple[_Group, ...]
     """The projections by the input they read: q, k, v; o; gate, up; down."""
     cache: tuple[Cache, int] | None
     read: Tensor | None
@@ -90,20 +103,14 @@ def _forward(
     read: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    attention, mlp = self.self_attn, self.mlp
-    inputs = (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
+    attention, inputs = self.self_attn, _by_input(self)
     norms = (self.input_layernorm, self.post_attention_layernorm)
     if (
         branches is None
         or position_embeddings is None
         or (self.gradient_checkpointing and self.training)
         or any(norm.weight.requires_grad for norm in norms)
-        or not all(_is_plain(layer) for group in inputs for layer in group)
+        or not all(_is_one(group) for group in inputs)
         or (past_key_values is not None and torch.is_grad_enabled())
     ):
         out: Tensor = type(self).forward(
@@ -127,7 +134,7 @@ def _forward(
             (norms[0].weight, norms[0].variance_epsilon),
             (norms[1].weight, norms[1].variance_epsilon),
         ),
-        tuple(tuple(_linear(layer) for layer in group) for group in inputs),
+        tuple(_group(layers) for layers in inputs),
         None if past_key_values is None else (past_key_values, attention.layer_idx),
         read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
@@ -143,9 +150,20 @@ def _forward(
     if prefix is not None:
         own = prefix[attention.layer_idx]
     else:
-        own = own.expand(-1, -1, what.inputs[0][1].weight.shape[0] // attention.head_dim, -1)
+        own = own.expand(-1, -1, what.inputs[0].sizes[1] // attention.head_dim, -1)
     written: Tensor = _Layer.apply(hidden_states[0], own, what, *adapters)  # type: ignore[no-untyped-call]
     return written[None]
+
+
+def _by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """Return a decoder layer's projections by the input they read."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -156,42 +174,90 @@ def _is_plain(layer: nn.Module) -> bool:
     return layer.bias is None or not layer.bias.requires_grad
 
 
-def _linear(layer: Any) -> _Linear:
-    if isinstance(layer, LoraLinear):
-        base: Any = layer.base_layer
-        return _Linear(base.weight, base.bias, layer.scaling["default"])
-    return _Linear(layer.weight, layer.bias, None)
+def _is_one(layers: Sequence[nn.Module]) -> bool:
+    """Whether projections of one input can be computed as one."""
+    bases = [_base(layer) for layer in layers]
+    scales = {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLinear)}
+    return (
+        all(_is_plain(layer) for layer in layers)
+        and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
+        and len(scales) <= 1
+    )
+
+
+def _base(layer: Any) -> Any:
+    return layer.base_layer if isinstance(layer, LoraLinear) else layer
+
+
+def _group(layers: Sequence[Any]) -> _Group:
+    bases = [_base(layer) for layer in layers]
+    biases = [base.bias for base in bases]
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    return _Group(
+        _stacked(bases),
+        biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
+        tuple(len(base.weight) for base in bases),
+        tuple(layer.r["default"] if layer in adapted else 0 for layer in layers),
+        adapted[0].scaling["default"] if adapted else 1.0,
+        adapted[0].lora_A["default"].weight.dtype if adapted else bases[0].weight.dtype,
+    )
+
+
+def _stacked(layers: Sequence[Any]) -> Tensor:
+    """Return all weights as one, of which each layer's becomes a part; no second copy is kept."""
+    weights = [layer.weight for layer in layers]
+    first, inputs = weights[0], weights[0].shape[1]
+    if len(weights) == 1:
+        return first  # type: ignore[no-any-return]
+    outputs = sum(map(len, weights))
+    # They may have been moved, each for itself, since they were laid.
+    storage, place = first.untyped_storage()._cdata, first.storage_offset()
+    for weight in weights:
+        if (
+            weight.untyped_storage()._cdata != storage
+            or weight.storage_offset() != place
+            or not weight.is_contiguous()
+        ):
+            break
+        place += weight.numel()
+    else:
+        return first.as_strided((outputs, inputs), (inputs, 1))  # type: ignore[no-any-return]
+    # What is made in inference mode could never be trained with.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        stack = torch.cat([weight.detach() for weight in weights])
+        parts = torch.split(stack, [len(weight) for weight in weights])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight.data = part
+    return stack
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, prefix: Tensor, what: _Pass, *adapters: Tensor) -> Tensor:
-        by_input = _share(what.inputs, adapters)
+        by_input = _joined(what.inputs, adapters, x.dtype)
         qkv, o, gate_up, down = what.inputs
-        groups = prefix.shape[2]
+        groups, turning = prefix.shape[2], sum(qkv.sizes[:2])
 
         first, first_scale = normed(x, *what.norms[0])
-        (q, k, v), qkv_low = _project(first, qkv, by_input[0])
-        q, k = (_turned(part, what.cos, what.sin) for part in (q, k))
+        heads, qkv_low = _project(first, qkv, by_input[0])
+        rotate(heads[:, :turning], what.cos, what.sin)
+        q, both = heads[:, : qkv.sizes[0]], heads[:, qkv.sizes[0] :]
         before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
         if what.cache is not None:
-            before = torch.cat([before, _remembered(what.cache, k, v, groups)], 1)
-        attended, saved = pieces.forward(
-            q, torch.cat([k, v], 1), before, what.branches, what.attention_scale
-        )
-        del q, k, v
+            before = torch.cat([before, _remembered(what.cache, both, groups)], 1)
+        attended, saved = pieces.forward(q, both, before, what.branches, what.attention_scale)
+        del heads, q, both
         if not what.learning:  # scores are the largest of all that a layer computes
             del saved, first
         if what.read is not None:
             attended = attended.index_select(0, what.read)  # (T, H*D)
-        (middle,), o_low = _project(attended, o, by_input[1])
+        middle, o_low = _project(attended, o, by_input[1])
         middle.add_(x if what.read is None else x.index_select(0, what.read))
 
         second, second_scale = normed(middle, *what.norms[1])
-        (gate, up), gate_up_low = _project(second, gate_up, by_input[2])
-        open_ = nn.functional.silu(gate)
-        product = open_ * up
-        (out,), down_low = _project(product, down, by_input[3])
+        opening, gate_up_low = _project(second, gate_up, by_input[2])  # gate, up
+        product = gated(opening)
+        out, down_low = _project(product, down, by_input[3])
         out.add_(middle)
 
         if what.read is not None:
@@ -200,12 +266,15 @@ class _Layer(torch.autograd.Function):
             return out
         # An input is kept for the gradients of the adapters that read it only.
         kept = [
-            part if group else None
-            for part, group in zip((first, attended, second, product), by_input, strict=True)
-        ]
+            (None,) * 4 if joined is None else (part, low, *joined)
+            for part, low, joined in zip(
+                (first, attended, second, product), (qkv_low, o_low, gate_up_low, down_low),
+                by_input, strict=True,
+            )
+        ]  # fmt: skip
         ctx.save_for_backward(
-            x, first_scale, middle, second_scale, gate, up, open_, *saved, *kept,
-            qkv_low, o_low, gate_up_low, down_low, *adapters,
+            x, first_scale, middle, second_scale, opening, *saved,
+            *(part for group in kept for part in group),
         )  # fmt: skip
         ctx.what = what
         return out
@@ -214,20 +283,18 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         what: _Pass = ctx.what
-        x, first_scale, middle, second_scale, gate, up, open_, *rest = ctx.saved_tensors
-        saved, kept, low, adapters = rest[:4], rest[4:8], rest[8:12], rest[12:]
-        by_input = _share(what.inputs, adapters)
+        x, first_scale, middle, second_scale, opening, *rest = ctx.saved_tensors
+        saved, kept = rest[:4], [rest[at : at + 4] for at in range(4, len(rest), 4)]
+        qkv, o, gate_up, down = zip(what.inputs, kept, strict=True)
         found: list[list[Tensor]] = [[], [], [], []]
         if what.read is not None:
             grad = grad.index_select(0, what.read)
 
-        product, found[3] = _unproject((grad,), what.inputs[3], by_input[3], kept[3], low[3])
-        dup = product * open_
-        dgate = torch.ops.aten.silu_backward(product.mul_(up), gate)
-        second, found[2] = _unproject((dgate, dup), what.inputs[2], by_input[2], kept[2], low[2])
-        dmiddle = normed_backward(second, middle, what.norms[1][0], second_scale).add_(grad)
+        product, found[3] = _unproject(grad, *down)
+        second, found[2] = _unproject(gated_backward(product, opening), *gate_up)
+        dmiddle = normed_backward(second, middle, what.norms[1][0], second_scale, grad)
 
-        dattended, found[1] = _unproject((dmiddle,), what.inputs[1], by_input[1], kept[1], low[1])
+        dattended, found[1] = _unproject(dmiddle, *o)
         if what.read is not None:
             dattended = dattended.new_zeros(len(x), dattended.shape[1]).index_copy_(
                 0, what.read, dattended
@@ -235,108 +302,97 @@ class _Layer(torch.autograd.Function):
         dq, dboth, before = pieces.backward(
             dattended, (saved[0], saved[1], saved[2], saved[3]), what.branches, what.attention_scale
         )
-        dk, dv = dboth.chunk(2, 1)
-        dq, dk = (_turned(part, what.cos, -what.sin) for part in (dq, dk))
-        qkv = (dq, dk, dv), what.inputs[0], by_input[0], kept[0], low[0]
+        heads = torch.cat([dq, dboth], 1)
+        rotate(heads[:, : sum(qkv[0].sizes[:2])], what.cos, what.sin, back=True)
         dx = None
         if ctx.needs_input_grad[0]:
-            first, found[0] = _unproject(*qkv)
-            dx = normed_backward(first, x, what.norms[0][0], first_scale)
-            dx = dx.add_(dmiddle) if what.read is None else dx.index_add_(0, what.read, dmiddle)
+            first, found[0] = _unproject(heads, *qkv)
+            straight = dmiddle if what.read is None else None
+            dx = normed_backward(first, x, what.norms[0][0], first_scale, straight)
+            if what.read is not None:
+                dx.index_add_(0, what.read, dmiddle)
         else:  # the first layer reads frozen embeddings
-            _, found[0] = _learned(*qkv)
+            _, found[0] = _learned(heads, *qkv)
 
         dprefix = before.view(2, len(before) // 2, *before.shape[1:]).permute(2, 0, 1, 3)
         return dx, dprefix, None, *(part for group in found for part in group)
 
 
-_Adapters = list[tuple[int, Tensor, Tensor]]
-"""Of the projections of one input that have an adapter: their place, A (r, in), B (out, r)."""
+_Kept = Sequence[Tensor | None]
+"""Of a group with LoRA: its input, (N, in); that in the adapters' ranks, (N, R); A and B as
+`_joined` returns them. Of one without: None."""
 
 
-def _share(inputs: tuple[tuple[_Linear, ...], ...], adapters: Sequence[Tensor]) -> list[_Adapters]:
-    """Hand the adapters, A and B in turn, to the projections that have one."""
+def _joined(
+    groups: Sequence[_Group], adapters: Sequence[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Put the adapters, A and B in turn, of each group side by side, in the dtype of a pass.
+
+    Returns A, shape (R, in), R the sum of ranks, and B, shape (out, R): each projection's where its
+    outputs meet its ranks, times the scale, else zero.
+    """
     rest = iter(adapters)
-    return [
-        [
-            (place, next(rest), next(rest))
-            for place, linear in enumerate(group)
-            if linear.scale is not None
+    made: list[tuple[Tensor, Tensor] | None] = []
+    for group in groups:
+        pairs = [(next(rest), next(rest)) if rank else None for rank in group.ranks]
+        own = [pair for pair in pairs if pair]
+        if not own:
+            made.append(None)
+            continue
+        blocks = [
+            own[0][1].new_empty(size, 0) if pair is None else pair[1]
+            for pair, size in zip(pairs, group.sizes, strict=True)
         ]
-        for group in inputs
-    ]
+        a, b = own[0][0], blocks[0]
+        if len(group.sizes) > 1:
+            a = torch.cat([pair[0] for pair in own])
+            b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        made.append((a.to(dtype), (b * group.scale).to(dtype)))
+    return made
 
 
 def _project(
-    x: Tensor, group: tuple[_Linear, ...], adapters: _Adapters
-) -> tuple[list[Tensor], Tensor | None]:
-    """Return every projection of `x`, and what it is in the adapters' ranks side by side."""
-    outs = [nn.functional.linear(x, linear.weight, linear.bias) for linear in group]
-    if not adapters:
-        return outs, None
-    low = x @ torch.cat([a for _, a, _ in adapters]).to(x.dtype).T  # (N, sum of ranks)
-    for (place, _, b), part in zip(adapters, _parts(low, adapters), strict=True):
-        outs[place].addmm_(part, b.to(x.dtype).T, alpha=group[place].scale or 0)
-    return outs, low
+    x: Tensor, group: _Group, joined: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
+    out = nn.functional.linear(x, group.weight, group.bias)
+    if joined is None:
+        return out, None
+    low = x @ joined[0].T  # (N, R)
+    return out.addmm_(low, joined[1].T), low
 
 
-def _unproject(
-    grads: Sequence[Tensor],
-    group: tuple[_Linear, ...],
-    adapters: _Adapters,
-    x: Tensor | None,
-    low: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
+def _unproject(grad: Tensor, group: _Group, kept: _Kept) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of the input, and those of the adapters, A and B in turn."""
-    first, *others = zip(grads, group, strict=True)
-    dx = first[0] @ first[1].weight
-    for grad, linear in others:
-        dx.addmm_(grad, linear.weight)
-    dlow, found = _learned(grads, group, adapters, x, low)
-    if dlow is not None:
-        dx.addmm_(dlow, torch.cat([a for _, a, _ in adapters]).to(dx.dtype))
+    dx = grad @ group.weight
+    dlow, found = _learned(grad, group, kept)
+    if dlow is not None and (a := kept[2]) is not None:
+        dx.addmm_(dlow, a)
     return dx, found
 
 
-def _learned(
-    grads: Sequence[Tensor],
-    group: tuple[_Linear, ...],
-    adapters: _Adapters,
-    x: Tensor | None,
-    low: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradient of x A^T, shape (N, sum of ranks), and those of A and B in turn."""
-    if x is None or low is None:
+def _learned(grad: Tensor, group: _Group, kept: _Kept) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradient of x A^T, shape (N, R), and those of A and B in turn."""
+    x, low, _, b = kept
+    if x is None or low is None or b is None:
         return None, []
-    dlow = torch.cat(
-        [(grads[place] @ b.to(x.dtype)).mul_(group[place].scale or 0) for place, _, b in adapters],
-        1,
-    )
-    da = torch.split((dlow.T @ x).to(adapters[0][1].dtype), [len(a) for _, a, _ in adapters])
+    dlow = grad @ b
+    das = torch.split((dlow.T @ x).to(group.dtype), list(group.ranks))
+    # Of B, only what is no zero for good.
+    rows = torch.split(low.T @ grad, list(group.ranks))
     found: list[Tensor] = []
-    for (place, _, b), part, own in zip(adapters, _parts(low, adapters), da, strict=True):
-        db = (part.T @ grads[place]).T.to(b.dtype)
-        found += [own, db.mul_(group[place].scale or 0)]
+    start = 0
+    for rank, size, da, row in zip(group.ranks, group.sizes, das, rows, strict=True):
+        if rank:
+            db = row[:, start : start + size].T.to(group.dtype)
+            found += [da, db.mul_(group.scale)]
+        start += size
     return dlow, found
 
 
-def _parts(low: Tensor, adapters: _Adapters) -> tuple[Tensor, ...]:
-    return torch.split(low, [len(a) for _, a, _ in adapters], 1)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads (N, X*D) by rotary embeddings, halves against halves."""
-    heads = x.view(len(x), -1, cos.shape[-1])
-    half = cos.shape[-1] // 2
-    out = heads * cos
-    out[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(heads[..., :half], sin[..., half:])
-    return out.flatten(1)
-
-
-def _remembered(cache: tuple[Cache, int], k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Put keys and values, (N, G*D), into the cache; return what stood there, (2G, A, D)."""
-    own = [part.view(len(part), groups, -1).transpose(0, 1)[None] for part in (k, v)]
-    keys, values = cache[0].update(own[0], own[1], cache[1])
-    front = keys.shape[2] - len(k)
+def _remembered(cache: tuple[Cache, int], both: Tensor, groups: int) -> Tensor:
+    """Put keys, then values, (N, 2G*D), into the cache; return what stood there, (2G, A, D)."""
+    own = both.view(len(both), 2, groups, -1).permute(1, 2, 0, 3)  # (2, G, N, D)
+    keys, values = cache[0].update(own[:1], own[1:], cache[1])
+    front = keys.shape[2] - len(both)
     return torch.cat([keys[0, :, :front], values[0, :, :front]])

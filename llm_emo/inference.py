@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llm_emo.lean import log_probabilities
 from llm_emo.trie import Beginning, TokenTrie, TrieDecoder, begin, node_logits
 
 Ids = tuple[int, ...]
@@ -153,8 +154,8 @@ def score(
             )
             nodes, where = torch.unique(at, return_inverse=True)
             logits = node_logits(model, trie, nodes, window.beginning)
-            log_probs = logits.float().log_softmax(-1)  # (T, V)
-            picked = log_probs[where.to(log_probs.device), tokens.to(log_probs.device)].cpu()
+            where, tokens = where.to(logits.device), tokens.to(logits.device)
+            picked = log_probabilities(logits, where, tokens).cpu()  # (T,)
             owner = torch.arange(len(sequences)).repeat_interleave(
                 torch.tensor([len(answer) for answer in answers] * len(group))
             )

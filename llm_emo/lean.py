@@ -19,6 +19,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from llm_emo import native
+
 
 def lean(model: nn.Module) -> None:
     """Exchange the forward of every RMSNorm and LoRA layer of `model` that is of the usual form."""
@@ -63,6 +65,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return w * x / rms(x), and 1 / rms(x), of shape (..., 1) in float32."""
+    if native.serves(x, weight):
+        return native.rms_norm(x, weight, epsilon)
     y = x.float()
     # In float32 the very operations of transformers, so that not a bit differs.
     scale = y.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
@@ -71,13 +75,60 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return y.mul_(weight).to(x.dtype), scale
 
 
-def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient of `x`, from that of the normed and what `normed` returned."""
+def normed_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of `x`, from that of the normed and what `normed` returned.
+
+    `added`, of the same shape, is a gradient of `x` from elsewhere.
+    """
+    if native.serves(grad, x, weight):
+        return native.rms_norm_backward(grad, x, weight, scale, added)
     u = grad.float()
     u = u * weight if u is grad else u.mul_(weight)
     y = x.float()
     share = torch.linalg.vecdot(u, y)[..., None].mul_(scale.square()).mul_(-1 / x.shape[-1])
-    return u.addcmul_(y, share).mul_(scale).to(x.dtype)
+    dx = u.addcmul_(y, share).mul_(scale).to(x.dtype)
+    return dx if added is None else dx.add_(added)
+
+
+def gated(opening: Tensor) -> Tensor:
+    """Return silu(gate) * up of a contiguous `opening`, shape (N, 2F): gate, then up."""
+    if native.serves(opening):
+        return native.gated(opening)
+    gate, up = opening.chunk(2, -1)
+    return nn.functional.silu(gate).mul_(up)
+
+
+def gated_backward(grad: Tensor, opening: Tensor) -> Tensor:
+    """Return the gradient of `opening`; `grad`, shape (N, F), is written over."""
+    if native.serves(grad, opening):
+        return native.gated_backward(grad, opening)
+    gate, up = opening.chunk(2, -1)
+    dup = nn.functional.silu(gate).mul_(grad)
+    return torch.cat([torch.ops.aten.silu_backward(grad.mul_(up), gate), dup], -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """Turn heads, x (N, H*D), in place, by rotary embeddings (N, 1, D), or back.
+
+    Halves are turned against halves. Each row of `x` is contiguous.
+    """
+    if native.serves(x, cos, sin):
+        native.rotate(x, cos, sin, -1.0 if back else 1.0)
+        return
+    size, sign = cos.shape[-1], -1 if back else 1
+    first, second = x.view(len(x), -1, size).chunk(2, -1)
+    before = first.clone()
+    first.mul_(cos[..., : size // 2]).addcmul_(second, sin[..., : size // 2], value=-sign)
+    second.mul_(cos[..., size // 2 :]).addcmul_(before, sin[..., size // 2 :], value=sign)
+
+
+def log_probabilities(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+    """Return log P of `words`, shape (T,), each at a row of logits (K, V); (T,) in float32."""
+    if native.serves(logits):
+        return logits[rows, words].float() - native.log_sum_exp(logits)[rows]
+    return logits.float().log_softmax(-1)[rows, words]
 
 
 def plain(layer: LoraLinear) -> bool:

@@ -34,6 +34,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+def trim() -> None:
+    """Give memory that was freed back to the system, where the system's own library holds it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class PeakMemory:
     """The most memory that this process holds from `begin` on.
@@ -51,9 +58,7 @@ class PeakMemory:
         processes()  # it chooses this process's GPU
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):  # only glibc's holds what was freed
-                ctypes.CDLL(None).malloc_trim(0)
+        trim()
         try:
             Path("/proc/self/clear_refs").write_text("5", "ascii")  # sets VmHWM to VmRSS
         except OSError:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_emo import checkpoints, methods, metrics, optimizers, recipes, runs, training
+from llm_emo import checkpoints, methods, metrics, native, optimizers, recipes, runs, training
 from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
@@ -220,7 +220,11 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
         task,
         _Dev(labeller, dev).measure,
         keep,
-        {"dtype": base.dtype, "shortened_texts": shortened},
+        {
+            "dtype": base.dtype,
+            "native": native.library() is not None,
+            "shortened_texts": shortened,
+        },
     )
 
 

@@ -292,7 +292,7 @@ def machine(*packages: str) -> dict[str, Any]:
     """Return what figures depend on besides the program: machine, versions, date."""
     import torch
 
-    from llm_emo import runs
+    from llm_emo import native, runs
 
     versions = runs.versions()
     for name in packages:
@@ -303,6 +303,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "native": native.library() is not None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "versions": versions,

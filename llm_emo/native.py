@@ -1,0 +1,166 @@
+"""What a layer does between its matrix products, compiled: one pass over memory each, on a CPU.
+
+Next to products that fill a core's caches, every other operation of torch begins cold: its code and
+its numbers have to be fetched again, which takes longer than what it does. A norm is eight of them,
+in float32 that bfloat16 has to be turned into. `native.c` says each of these things as one loop. A
+C compiler makes a library of it where there is one, once, in a second, in the cache folder; where
+there is none, torch's operations do the same, to rounding. `LLM_EMO_NATIVE=0` asks for them.
+
+Its threads are those of the pool that torch has begun already, GNU's: a second pool would fight for
+the same cores. So there is no library where torch brings another kind.
+
+In float32 nothing here is used: there, products take longer and the rest is less.
+
+Letters: N nodes, E hidden size, H heads, D head dimension.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_emo import fetch
+from llm_emo.errors import JobFailed
+
+SOURCE = Path(__file__).with_name("native.c")
+OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+"""The last two let compilers make vectors of loops; neither changes a number."""
+
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "rms_norm": [*[_POINTER] * 2, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
+    "rms_norm_backward": [*[_POINTER] * 5, *[_COUNT] * 2, _POINTER],
+    "gated": [_POINTER, *[_COUNT] * 2, _POINTER],
+    "gated_backward": [*[_POINTER] * 2, *[_COUNT] * 2, _POINTER],
+    "rotate": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 4],
+    "log_sum_exp": [_POINTER, *[_COUNT] * 2, _POINTER],
+}
+
+
+@cache
+def library() -> Any:
+    """Return the compiled functions, or None where they cannot be had."""
+    if os.environ.get("LLM_EMO_NATIVE") == "0":
+        return None
+    try:
+        made = ctypes.CDLL(str(_compiled(*_tools())))
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(made, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, JobFailed, subprocess.SubprocessError):
+        return None
+    return made
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether there is a library, and it can read these."""
+    return (
+        all(part.dtype == torch.bfloat16 and part.device.type == "cpu" for part in tensors)
+        and library() is not None
+    )
+
+
+def _tools() -> tuple[str, str, str]:
+    """Return the compiler, torch's OpenMP, and what the processor can.
+
+    Raises:
+        OSError: one of them is not there.
+    """
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    pools = list(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    if len(pools) != 1:
+        raise FileNotFoundError("torch brings no OpenMP of GNU's")
+    # A cache folder may be shared by machines of several kinds.
+    described = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+    steady = [line for line in described.splitlines() if "MHz" not in line]
+    return compiler, str(pools[0]), "\n".join(steady)
+
+
+def _compiled(compiler: str, openmp: str, processor: str) -> Path:
+    """Return the library's path, compiled if it is not in the cache.
+
+    Raises:
+        OSError, SubprocessError: the compiler or the disk failed.
+        JobFailed: there is no cache folder.
+    """
+    key = (SOURCE.read_text("utf-8"), *OPTIONS, compiler, openmp, processor)
+    name = f"native-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    path = fetch.cache_dir() / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            unlinked, linked = Path(folder) / "native.o", Path(folder) / name
+            # In two steps: with `-fopenmp` the linker would add the compiler's own OpenMP.
+            for command in (
+                [compiler, *OPTIONS, "-c", str(SOURCE), "-o", str(unlinked)],
+                [compiler, "-shared", str(unlinked), openmp, "-lm", "-o", str(linked)],
+            ):
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+            linked.replace(path)  # at once: another process may look for it
+    return path
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return w x / rms(x) of x (..., E), and 1 / rms(x), shape (..., 1) in float32."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    width = x.shape[-1]
+    library().rms_norm(
+        x.data_ptr(), weight.data_ptr(), epsilon, x.numel() // width, width,
+        y.data_ptr(), scale.data_ptr(),
+    )  # fmt: skip
+    return y, scale
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None
+) -> Tensor:
+    """Return the gradient of x, and `added`, of the same shape, to it."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    added = None if added is None else added.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    library().rms_norm_backward(
+        grad.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr(),
+        None if added is None else added.data_ptr(), x.numel() // width, width, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def gated(opening: Tensor) -> Tensor:
+    """Return silu(gate) up of `opening`, shape (N, 2F), contiguous: gate, then up."""
+    rows, width = len(opening), opening.shape[1] // 2
+    out = opening.new_empty(rows, width)
+    library().gated(opening.data_ptr(), rows, width, out.data_ptr())
+    return out
+
+
+def gated_backward(grad: Tensor, opening: Tensor) -> Tensor:
+    """Return the gradient of `opening`, from that of what `gated` returned; contiguous, too."""
+    out = torch.empty_like(opening)
+    library().gated_backward(grad.data_ptr(), opening.data_ptr(), *grad.shape, out.data_ptr())
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    """Turn heads, x (N, H*D) by cos and sin (N, 1, D), in place; each row is contiguous."""
+    size = cos.shape[-1]
+    library().rotate(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sign,
+        len(x), x.stride(0), x.shape[1] // size, size,
+    )  # fmt: skip
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """Return log sum exp of each row of a contiguous x, shape (N, V) -> (N,), in float32."""
+    out = x.new_empty(len(x), dtype=torch.float32)
+    library().log_sum_exp(x.data_ptr(), *x.shape, out.data_ptr())
+    return out

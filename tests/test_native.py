@@ -1,0 +1,225 @@
+"""The compiled loops against float32, and what happens where they cannot be compiled."""
+
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from llm_emo import errors, fetch, lean, native
+
+SHAPES = [(1, 1), (3, 7), (5, 24), (70, 576), (2, 3, 24)]
+"""The largest is shared by threads."""
+HALF = 2**-8
+"""Half a unit in bfloat16's last place, as a share."""
+
+
+@pytest.fixture
+def library():
+    if native.library() is None:
+        pytest.skip("there is no C compiler, or torch brings no OpenMP of GNU's")
+    return native.library()
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """As on a machine that has no compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is known of a library, before and after."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def drawn(*shape, scale=1.0):
+    return (torch.randn(shape) * scale).bfloat16()
+
+
+def close(found, exact):
+    """Hold what is rounded once to half a unit; float32's own sums add a little."""
+    torch.testing.assert_close(found.float(), exact, rtol=1.02 * HALF, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_norm_is_float32_s_rounded_once(library, shape):
+    torch.manual_seed(0)
+    x, weight = drawn(*shape, scale=3), drawn(shape[-1])
+    y, scale = native.rms_norm(x, weight, 0.5)
+    exact, exact_scale = lean.normed(x.float(), weight.float(), 0.5)
+    assert (y.dtype, scale.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(scale, exact_scale)
+    close(y, exact)
+
+
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_norm_s_gradient_is_float32_s_rounded_once(library, shape, further):
+    torch.manual_seed(0)
+    x, grad, weight = drawn(*shape, scale=3), drawn(*shape), drawn(shape[-1])
+    added = drawn(*shape) if further else None
+    _, scale = native.rms_norm(x, weight, 1e-5)
+    found = native.rms_norm_backward(grad, x, weight, scale, added)
+    exact = lean.normed_backward(
+        grad.float(), x.float(), weight.float(), scale, added if added is None else added.float()
+    )
+    torch.testing.assert_close(found.float(), exact, rtol=1.02 * HALF, atol=1e-5)
+
+
+def test_a_norm_takes_what_is_not_contiguous(library):
+    torch.manual_seed(0)
+    x, weight = drawn(24, 6).T, drawn(24)
+    grad = torch.ones(1, 1).bfloat16().expand(6, 24)
+    y, scale = native.rms_norm(x, weight, 1e-5)
+    assert torch.equal(y, native.rms_norm(x.contiguous(), weight, 1e-5)[0])
+    found = native.rms_norm_backward(grad, x, weight, scale, grad)
+    one = native.rms_norm_backward(
+        grad.contiguous(), x.contiguous(), weight, scale, grad.contiguous()
+    )
+    assert torch.equal(found, one)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 200])
+def test_a_gate_and_its_gradient_are_float32_s_rounded_once(library, rows):
+    torch.manual_seed(0)
+    opening, grad = drawn(rows, 2 * 96, scale=4), drawn(rows, 96)
+    low = opening.float().requires_grad_()
+    gate, up = low.chunk(2, -1)
+    exact = nn.functional.silu(gate) * up
+    close(native.gated(opening), exact.detach())
+    exact.backward(grad.float())
+    close(native.gated_backward(grad, opening), low.grad)
+
+
+def test_a_gate_takes_every_number(library):
+    """Far outside of exp's reach, and what is none."""
+    numbers = [-torch.inf, -3e38, -200, -87.5, -1e-30, 0, 1e-30, 87.5, 200, 3e38, torch.nan]
+    gate = torch.tensor(numbers).bfloat16()
+    opening = torch.cat([gate, torch.ones_like(gate)])[None]
+    found = native.gated(opening)[0].float()
+    exact = gate.float() * torch.sigmoid(gate.float())
+    assert exact[0].isnan()  # minus infinity times 0
+    torch.testing.assert_close(found, exact, rtol=1.02 * HALF, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 2), (7, 3, 16), (90, 12, 64)])
+def test_heads_are_turned_in_place_within_wider_rows(library, rows, heads, size, back):
+    torch.manual_seed(0)
+    whole, angles = drawn(rows, (heads + 2) * size), torch.randn(rows, 1, size)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    before, part = whole.float(), whole[:, : heads * size]
+    exact = part.float()
+    lean.rotate(exact, cos.float(), sin.float(), back=back)
+    lean.rotate(part, cos, sin, back=back)
+    torch.testing.assert_close(part.float(), exact, rtol=1.02 * HALF, atol=1e-6)
+    assert torch.equal(whole[:, heads * size :].float(), before[:, heads * size :])
+
+
+def test_every_finite_number_is_kept_and_halves_go_to_even(library):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = bits[bits.isfinite()][:, None].repeat(1, 2).contiguous()
+    turned, one = finite.clone(), torch.ones(len(finite), 1, 2).bfloat16()
+    native.rotate(turned, one, 0 * one, 1.0)
+    assert torch.equal(turned, finite)
+    # 1 + 2^-8 and 1 + 3 * 2^-8 lie halfway between two of bfloat16's numbers.
+    sums = torch.tensor([[1.0, 2**-8], [1 + 2**-7, 2**-8]]).bfloat16()
+    native.rotate(sums, one[:2], -one[:2], 1.0)  # the first and the second
+    assert sums[:, 0].tolist() == [1.0, 1 + 2**-6]
+
+
+@pytest.mark.parametrize("words", [1, 10, 5000])
+def test_log_probabilities_are_float32_s(library, words):
+    torch.manual_seed(0)
+    logits = drawn(8, words, scale=20)
+    rows, picked = torch.tensor([0, 7, 7]), torch.tensor([words - 1, 0, words // 2])
+    found = lean.log_probabilities(logits, rows, picked)
+    exact = logits.float().log_softmax(-1)[rows, picked]
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=2e-6)
+
+
+def test_without_a_library_torch_does_the_same(library, monkeypatch):
+    torch.manual_seed(0)
+    x, weight, opening = drawn(5, 24), drawn(24), drawn(5, 48)
+    cos, sin = drawn(5, 1, 8), drawn(5, 1, 8)
+
+    def everything():
+        turned = x.clone()
+        lean.rotate(turned, cos, sin)
+        y, scale = lean.normed(x, weight, 1e-5)
+        return [
+            y, lean.normed_backward(y, x, weight, scale, x), lean.gated(opening),
+            lean.gated_backward(x.clone(), opening), turned,
+        ]  # fmt: skip
+
+    found = everything()
+    monkeypatch.setattr(native, "library", lambda: None)
+    for one, other in zip(found, everything(), strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one.float(), other.float(), rtol=4 * HALF, atol=2e-2)
+
+
+def test_float32_and_other_devices_are_not_served(library):
+    assert native.serves(drawn(2, 2))
+    assert not native.serves(drawn(2, 2), torch.zeros(2))
+    assert not native.serves(drawn(2, 2).to("meta"))
+
+
+# --- where there is none ------------------------------------------------------------------------
+
+
+def test_it_is_compiled_once_and_kept(library, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path))
+    assert native.library() is not None
+    (kept,) = tmp_path.iterdir()
+    assert kept.suffix == ".so"
+
+    def never(*args, **kwargs):
+        raise AssertionError("compiled a second time")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    native.library.cache_clear()
+    assert native.library() is not None
+
+
+def test_another_processor_gets_its_own(library, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path))
+    compiler, openmp, processor = native._tools()
+    first = native._compiled(compiler, openmp, processor)
+    assert native._compiled(compiler, openmp, processor + "more") != first
+
+
+@pytest.mark.parametrize(
+    "lacking", ["asked", "compiler", "openmp", "compilation", "cache", "damaged"]
+)
+def test_what_cannot_be_compiled_is_left_to_torch(fresh, monkeypatch, tmp_path, lacking):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("LLM_EMO_CACHE", str(cache))
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n", "ascii")
+    compiler.chmod(0o755)
+    tools = (str(compiler), "libgomp.so", "a processor")
+    match lacking:
+        case "asked":
+            monkeypatch.setenv("LLM_EMO_NATIVE", "0")
+        case "compiler":
+            monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+        case "openmp":
+            monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+        case "compilation":
+            monkeypatch.setattr(native, "_tools", lambda: tools)
+        case "cache":
+            cache.write_text("a file", "ascii")
+            with pytest.raises(errors.JobFailed):
+                fetch.cache_dir()
+        case "damaged":
+            broken = tmp_path / "broken.so"
+            broken.write_text("no library", "ascii")
+            monkeypatch.setattr(native, "_compiled", lambda *tools: broken)
+    assert native.library() is None
+    assert not native.serves(drawn(2, 2))
+    if cache.is_dir():
+        assert not list(cache.iterdir())
