@@ -2,9 +2,9 @@
 
 At a few hundred distinct tokens on two cores, going through a layer's modules, casts, additions and
 some hundred autograd nodes is a large share of a step. Written out, forward and backward, a layer
-is its products and little else: gradients of one input are added up by the products themselves,
-the adapters of projections that read one input are one product, and
-norms and rotary embeddings take few passes over memory.
+is its products and little else. Projections that read one input are one product: their frozen
+weights are laid next to one another in memory, and their adapters side by side, B's as blocks of a
+matrix that is zero elsewhere. Norms, gates and rotary embeddings take few passes over memory.
 
 Of the last layer, states are used only at nodes whose logits are asked for; all other nodes serve
 them as keys and values. So what stands behind its attention runs at those nodes only; queries run
@@ -47,8 +47,10 @@ def write_out(model: nn.Module) -> None:
         if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp):
             module.forward = partial(_forward, module)
             for layers in _by_input(module):
-                if _is_one(layers) and not layers[0].weight.is_cuda:
-                    _stacked([_base(layer) for layer in layers])
+                bases = [_base(layer) for layer in layers]
+                # On a GPU no pass comes in pieces.
+                if _is_stackable(bases) and not bases[0].weight.is_cuda:
+                    _stacked(bases)
     machine.trim()  # of the weights that are parts of a stack now
 
 
@@ -167,22 +169,24 @@ def _by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    if type(layer) is LoraLinear:
-        return type(layer.base_layer) is nn.Linear and plain(layer) and _is_plain(layer.base_layer)
-    if type(layer) is not nn.Linear or layer.weight.requires_grad:
-        return False
-    return layer.bias is None or not layer.bias.requires_grad
+    return plain(layer) if type(layer) is LoraLinear else type(layer) is nn.Linear
 
 
-def _is_one(layers: Sequence[nn.Module]) -> bool:
-    """Whether projections of one input can be computed as one."""
-    bases = [_base(layer) for layer in layers]
-    scales = {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLinear)}
+def _is_stackable(bases: Sequence[Any]) -> bool:
+    """Whether layers are frozen, and alike."""
     return (
-        all(_is_plain(layer) for layer in layers)
+        all(type(base) is nn.Linear for base in bases)
+        and not any(part.requires_grad for base in bases for part in base.parameters())
         and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
-        and len(scales) <= 1
     )
+
+
+def _is_one(layers: Sequence[Any]) -> bool:
+    """Whether projections of one input can be computed as one."""
+    if not all(_is_plain(layer) for layer in layers):
+        return False
+    scales = {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLinear)}
+    return len(scales) <= 1 and _is_stackable([_base(layer) for layer in layers])
 
 
 def _base(layer: Any) -> Any:

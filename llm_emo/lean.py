@@ -82,7 +82,7 @@ def normed_backward(
 
     `added`, of the same shape, is a gradient of `x` from elsewhere.
     """
-    if native.serves(grad, x, weight):
+    if native.serves(grad, x, weight, *([] if added is None else [added])):
         return native.rms_norm_backward(grad, x, weight, scale, added)
     u = grad.float()
     u = u * weight if u is grad else u.mul_(weight)
@@ -93,7 +93,7 @@ def normed_backward(
 
 
 def gated(opening: Tensor) -> Tensor:
-    """Return silu(gate) * up of a contiguous `opening`, shape (N, 2F): gate, then up."""
+    """Return silu(gate) * up of `opening`, shape (N, 2F): gate, then up."""
     if native.serves(opening):
         return native.gated(opening)
     gate, up = opening.chunk(2, -1)
@@ -101,7 +101,7 @@ def gated(opening: Tensor) -> Tensor:
 
 
 def gated_backward(grad: Tensor, opening: Tensor) -> Tensor:
-    """Return the gradient of `opening`; `grad`, shape (N, F), is written over."""
+    """Return the gradient of `opening`; `grad`, shape (N, F), may be written over."""
     if native.serves(grad, opening):
         return native.gated_backward(grad, opening)
     gate, up = opening.chunk(2, -1)
@@ -125,10 +125,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
 
 
 def log_probabilities(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
-    """Return log P of `words`, shape (T,), each at a row of logits (K, V); (T,) in float32."""
+    """Return log P of `words`, shape (T,), each at a row of logits (K, V); (T,) in float32.
+
+    A row is normalised once, and of the words only those asked for are read: a row of the
+    vocabulary for every token would be copied several times, forward and backward.
+    """
     if native.serves(logits):
-        return logits[rows, words].float() - native.log_sum_exp(logits)[rows]
-    return logits.float().log_softmax(-1)[rows, words]
+        found: Tensor = _LogProbabilities.apply(logits, rows, words)  # type: ignore[no-untyped-call]
+        return found
+    return logits.log_softmax(-1, dtype=torch.float32)[rows, words]
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """Of g = dL/dy, with G the sum of a row's, dL/dlogits = sum of g at the words - G softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+        total = native.log_sum_exp(logits)
+        found = logits[rows, words].float() - total[rows]
+        ctx.save_for_backward(logits, total, rows, words, found)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, rows, words, found = ctx.saved_tensors
+        share = torch.zeros_like(total).index_add_(0, rows, grad).neg_()
+        dlogits = native.softmax_times(logits, total, share)
+        # Where a word is all but certain, both terms are alike: they are rounded together.
+        at, place = torch.unique(rows * logits.shape[1] + words, return_inverse=True)
+        sums = torch.zeros(len(at)).index_add_(0, place, grad)
+        softmax = torch.zeros(len(at)).index_copy_(0, place, share[rows] * found.exp())
+        dlogits.view(-1)[at] = (sums + softmax).to(dlogits.dtype)
+        return dlogits, None, None
 
 
 def plain(layer: LoraLinear) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_emo.lean import log_probabilities
 from llm_emo.models.ledger import Footprint
 from llm_emo.models.meta import Drawing, Kind, standing_for
 from llm_emo.training import Batch, answer_loss
@@ -101,13 +102,19 @@ def training_step(
 def scoring_pass(
     drawing: Drawing, trie: TokenTrie, nodes: Tensor, kind: Kind, *, whole: bool = False
 ) -> Footprint:
-    """Run one pass of `inference.score`: log-probabilities of the whole vocabulary at `nodes`."""
+    """Run one pass of `inference.score`: log-probabilities of the whole vocabulary at `nodes`.
+
+    Nothing is compiled for tensors without numbers, so it is torch's operations that are counted;
+    they hold more.
+    """
     model, ledger = drawing.model.eval(), drawing.ledger
 
     def run() -> Footprint:
         with torch.no_grad(), ledger, standing_for(kind):
             ledger.start()
-            node_logits(model, trie, nodes).float().log_softmax(-1)
+            logits = node_logits(model, trie, nodes)
+            rows = torch.zeros(1, dtype=torch.long, device=logits.device)
+            log_probabilities(logits, rows, rows)
             return ledger.footprint()
 
     return run() if whole else _extrapolated(drawing, run)

@@ -41,7 +41,7 @@ static inline float exponential(float x) {
     p = p * f + 0.5f;
     p = p * f + 1.0f;
     p = p * f + 1.0f;
-    int32_t bits = ((int32_t)k + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)k + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return x > 87.0f ? INFINITY : p * power;
@@ -153,5 +153,18 @@ void log_sum_exp(const bfloat16 *restrict x, int64_t n, int64_t e, float *restri
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < e; j++) sum += exponential(wide(row[j]) - most);
         y[i] = most + logf(sum);
+    }
+}
+
+/* dx = share softmax(x), of rows of e numbers whose log sum exp is `total`. */
+void softmax_times(const bfloat16 *restrict x, const float *restrict total,
+                   const float *restrict share, int64_t n, int64_t e, bfloat16 *restrict dx) {
+#pragma omp parallel for schedule(static) if (n * e > SMALL)
+    for (int64_t i = 0; i < n; i++) {
+        const bfloat16 *row = x + i * e;
+        bfloat16 *out = dx + i * e;
+        float t = total[i], s = share[i];
+#pragma omp simd
+        for (int64_t j = 0; j < e; j++) out[j] = narrow(s * exponential(wide(row[j]) - t));
     }
 }

@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -31,8 +32,11 @@ from llm_emo import fetch
 from llm_emo.errors import JobFailed
 
 SOURCE = Path(__file__).with_name("native.c")
-OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+OPTIONS = ("-fPIC", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """The last two let compilers make vectors of loops; neither changes a number."""
+
+PROCESSOR = ("model name", "flags", "Features", "CPU implementer", "CPU part", "CPU variant")
+"""What /proc/cpuinfo calls that on which machine code depends."""
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -42,6 +46,7 @@ _ARGUMENTS = {
     "gated_backward": [*[_POINTER] * 2, *[_COUNT] * 2, _POINTER],
     "rotate": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 4],
     "log_sum_exp": [_POINTER, *[_COUNT] * 2, _POINTER],
+    "softmax_times": [*[_POINTER] * 3, *[_COUNT] * 2, _POINTER],
 }
 
 
@@ -51,12 +56,26 @@ def library() -> Any:
     if os.environ.get("LLM_EMO_NATIVE") == "0":
         return None
     try:
-        made = ctypes.CDLL(str(_compiled(*_tools())))
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(made, name)
-            function.argtypes, function.restype = arguments, None
-    except (OSError, JobFailed, subprocess.SubprocessError):
+        return _loaded(_compiled(*_tools()))
+    except (OSError, AttributeError, JobFailed, subprocess.SubprocessError):
         return None
+
+
+def _loaded(path: Path) -> Any:
+    """Load the library.
+
+    Raises:
+        OSError: it is none.
+        AttributeError: it lacks a function.
+    """
+    try:
+        made = ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink()  # damaged: the next process compiles it anew
+        raise
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(made, name)
+        function.argtypes, function.restype = arguments, None
     return made
 
 
@@ -82,7 +101,7 @@ def _tools() -> tuple[str, str, str]:
         raise FileNotFoundError("torch brings no OpenMP of GNU's")
     # A cache folder may be shared by machines of several kinds.
     described = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
-    steady = [line for line in described.splitlines() if "MHz" not in line]
+    steady = [line for line in described.splitlines() if line.startswith(PROCESSOR)]
     return compiler, str(pools[0]), "\n".join(steady)
 
 
@@ -90,15 +109,19 @@ def _compiled(compiler: str, openmp: str, processor: str) -> Path:
     """Return the library's path, compiled if it is not in the cache.
 
     Raises:
-        OSError, SubprocessError: the compiler or the disk failed.
+        OSError, SubprocessError: the compiler or the disk failed, or others can write the folder.
         JobFailed: there is no cache folder.
     """
+    folder = fetch.cache_dir() / f"native-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} can be written by others, and what lies in it is run")
     key = (SOURCE.read_text("utf-8"), *OPTIONS, compiler, openmp, processor)
-    name = f"native-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
-    path = fetch.cache_dir() / name
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unlinked, linked = Path(folder) / "native.o", Path(folder) / name
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            unlinked, linked = Path(made) / "native.o", Path(made) / path.name
             # In two steps: with `-fopenmp` the linker would add the compiler's own OpenMP.
             for command in (
                 [compiler, *OPTIONS, "-c", str(SOURCE), "-o", str(unlinked)],
@@ -136,7 +159,8 @@ def rms_norm_backward(
 
 
 def gated(opening: Tensor) -> Tensor:
-    """Return silu(gate) up of `opening`, shape (N, 2F), contiguous: gate, then up."""
+    """Return silu(gate) up of `opening`, shape (N, 2F): gate, then up."""
+    opening = opening.contiguous()
     rows, width = len(opening), opening.shape[1] // 2
     out = opening.new_empty(rows, width)
     library().gated(opening.data_ptr(), rows, width, out.data_ptr())
@@ -144,14 +168,16 @@ def gated(opening: Tensor) -> Tensor:
 
 
 def gated_backward(grad: Tensor, opening: Tensor) -> Tensor:
-    """Return the gradient of `opening`, from that of what `gated` returned; contiguous, too."""
+    """Return the gradient of `opening`, from that of what `gated` returned."""
+    grad, opening = grad.contiguous(), opening.contiguous()
     out = torch.empty_like(opening)
     library().gated_backward(grad.data_ptr(), opening.data_ptr(), *grad.shape, out.data_ptr())
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Turn heads, x (N, H*D) by cos and sin (N, 1, D), in place; each row is contiguous."""
+    """Turn heads, x (N, H*D), each row contiguous, by cos and sin (N, 1, D), in place."""
+    cos, sin = cos.contiguous(), sin.contiguous()
     size = cos.shape[-1]
     library().rotate(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sign,
@@ -160,7 +186,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """Return log sum exp of each row of a contiguous x, shape (N, V) -> (N,), in float32."""
+    """Return log sum exp of each row of x, shape (N, V) -> (N,), in float32."""
+    x = x.contiguous()
     out = x.new_empty(len(x), dtype=torch.float32)
     library().log_sum_exp(x.data_ptr(), *x.shape, out.data_ptr())
+    return out
+
+
+def softmax_times(x: Tensor, total: Tensor, share: Tensor) -> Tensor:
+    """Return softmax(x) times each row's share.
+
+    Args:
+        x: Shape (N, V).
+        total: What `log_sum_exp` returned, shape (N,).
+        share: Shape (N,), float32.
+    """
+    x, share = x.contiguous(), share.contiguous()
+    out = torch.empty_like(x)
+    library().softmax_times(
+        x.data_ptr(), total.data_ptr(), share.data_ptr(), *x.shape, out.data_ptr()
+    )
     return out

@@ -32,6 +32,7 @@ from llm_emo import checkpoints
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
+from llm_emo.lean import log_probabilities
 from llm_emo.machine import say
 from llm_emo.methods import untrained
 from llm_emo.optimizers import ADAM
@@ -96,9 +97,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     logits = node_logits(model, batch["trie"], batch["nodes"])  # (K, V)
     where, labels = batch["where"].to(logits.device), batch["labels"].to(logits.device)
     real = labels != IGNORED
-    # Normalised once a node, and of the words only those asked for are read: a row of the
-    # vocabulary for every token would be copied several times, forward and backward.
-    known = logits.log_softmax(-1, dtype=torch.float32)[where, labels.where(real, 0)]  # (T,)
+    known = log_probabilities(logits, where, labels.where(real, 0))  # (T,)
     return -known.where(real, 0).sum()
 
 
@@ -218,8 +217,6 @@ class EmoTrainer(Trainer):
         )
         # It would print every log entry on stdout, where results belong.
         self.remove_callback(PrinterCallback)
-        # The loss below is divided by the whole step's targets already.
-        self.loss_is_scaled_for_ga = True
 
     def _collate(self, passes: Sequence[Sequence[Any]]) -> list[Batch]:
         return [self.task.collate(rows) for rows in passes]
@@ -265,7 +262,8 @@ class EmoTrainer(Trainer):
             # Processes exchange gradients once a step, however many passes each of them has.
             last = number == len(inputs)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                share = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+                ready = self._prepare_inputs(batch)  # tensors on the device
+                share = self.compute_loss(model, ready, num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(share)
                 loss += share.detach()
         if loss.is_cuda:  # the last kernels are only queued

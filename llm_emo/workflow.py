@@ -222,7 +222,7 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
         keep,
         {
             "dtype": base.dtype,
-            "native": native.library() is not None,
+            "native": native.serves(base.model.get_input_embeddings().weight),
             "shortened_texts": shortened,
         },
     )

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from llm_emo import attention, branches, decoder_layer, training
+from llm_emo import attention, branches, decoder_layer, native, training
 from llm_emo.decoder_layer import KINDS
 from llm_emo.trie import TokenTrie, TrieDecoder, begin, node_logits
 
@@ -110,7 +110,12 @@ def test_layers_written_out_leave_the_same_cache(architecture, method, written):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward(written):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward(
+    written, compiled, monkeypatch
+):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     rows = tiny.encoded(9, shared=9)
     _, exact = learned(ours("llama"), rows)
     made = ours("llama", dtype=torch.bfloat16)
@@ -121,6 +126,46 @@ def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward(wri
     _, usual = learned(made, rows)
     assert found.dtype == torch.float32
     assert tiny.distance(found, exact) <= 1.2 * tiny.distance(usual, exact)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_frozen_weights_of_one_input_lie_in_one_storage(dropout):
+    made = tiny.adapted("llama", "lora", dropout=dropout)
+    plain = tiny.model("llama").state_dict()
+    for name, group in (("q_proj", 3), ("gate_proj", 2), ("o_proj", 1)):
+        (layer, *_) = (part for path, part in made.named_modules() if path.endswith(name))
+        base = getattr(layer, "base_layer", layer)
+        whole = base.weight.untyped_storage().nbytes()
+        assert whole >= base.weight.nbytes
+        assert (whole > base.weight.nbytes) == (group > 1)
+    for name, weight in made.get_base_model().state_dict().items():
+        if "lora" not in name:
+            assert torch.equal(weight, plain[name.replace(".base_layer", "")]), name
+
+
+def test_weights_that_were_moved_are_laid_anew(written):
+    made, rows = ours("llama"), tiny.encoded(9, shared=9)
+    _, expected = learned(made, rows)
+    attention_ = made.get_base_model().model.layers[0].self_attn
+    bases = [getattr(attention_, f"{name}_proj").base_layer for name in "qkv"]
+    for base in bases:
+        base.weight.data = base.weight.data.clone()
+    bases[1].weight.data.mul_(2)
+    _, found = learned(made, rows)
+    assert tiny.distance(found, expected) > 1e-3  # what is there now is what is computed
+    as_they_were(made)
+    _, usual = learned(made, rows)
+    assert tiny.distance(found, usual) < 1e-5
+    assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
+
+
+def test_an_adapter_of_another_name_runs_the_layers_own_forward(written):
+    made, rows = ours("llama"), tiny.encoded(9, shared=9)
+    made.add_adapter("other", made.peft_config["default"])
+    made.set_adapter("other")
+    made.delete_adapter("default")
+    learned(made, rows)
+    assert not written
 
 
 def test_a_layer_that_learns_or_drops_runs_its_own_forward(written):

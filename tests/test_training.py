@@ -471,6 +471,26 @@ def test_evaluation_does_not_change_training(tmp_path):
     assert trail(runs[0]) == trail(runs[1])
 
 
+def test_passes_come_to_the_device(tmp_path, monkeypatch):
+    # A specialised model's batches are made on the CPU, and its scores take them as they come.
+    brought, lost = [], []
+    compute = EmoTrainer.compute_loss
+
+    def bring(self, batch):
+        brought.append(dict(batch))
+        return brought[-1]
+
+    def recorded(self, model, batch, *args, **kwargs):
+        lost.append(batch)
+        return compute(self, model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(EmoTrainer, "_prepare_inputs", bring)
+    monkeypatch.setattr(EmoTrainer, "compute_loss", recorded)
+    train(tmp_path, tiny.adapted("llama", "lora"), tiny.train(epochs=1, micro_batch_size=1))
+    assert len(brought) == len(lost) > 0
+    assert all(one is other for one, other in zip(brought, lost, strict=True))
+
+
 def test_all_modules_train_in_every_step(tmp_path, monkeypatch):
     # What comes from files is in eval mode, and evaluation puts everything into it.
     made, modes = tiny.adapted("llama", "lora"), []
