@@ -2,9 +2,8 @@
 
 At a few hundred distinct tokens on two cores, going through a layer's modules, casts, additions and
 some hundred autograd nodes is a large share of a step. Written out, forward and backward, a layer
-is its products and little else. Projections that read one input are one product: their frozen
-weights are laid next to one another in memory, and their adapters side by side, B's as blocks of a
-matrix that is zero elsewhere. Norms, gates and rotary embeddings take few passes over memory.
+is its products and little else. Projections that read one input are one product (`projections.py`),
+and norms, gates and rotary embeddings take few passes over memory.
 
 Of the last layer, states are used only at nodes whose logits are asked for; all other nodes serve
 them as keys and values. So what stands behind its attention runs at those nodes only; queries run
@@ -35,7 +34,19 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from llm_emo import branches as pieces
 from llm_emo import machine
 from llm_emo.branches import Branches
-from llm_emo.lean import gated, gated_backward, normed, normed_backward, plain, rotate
+from llm_emo.lean import gated, gated_backward, normed, normed_backward, rotate
+from llm_emo.projections import (
+    Group,
+    are_alike,
+    are_one,
+    base_of,
+    group_of,
+    joined,
+    learned,
+    project,
+    stacked,
+    unproject,
+)
 
 KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Norm, attention with rotary embeddings, norm, gated SiLU; residuals around both."""
@@ -47,32 +58,15 @@ def write_out(model: nn.Module) -> None:
         if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp):
             module.forward = partial(_forward, module)
             for layers in _by_input(module):
-                bases = [_base(layer) for layer in layers]
+                bases = [base_of(layer) for layer in layers]
                 # On a GPU no pass comes in pieces.
-                if _is_stackable(bases) and not bases[0].weight.is_cuda:
-                    _stacked(bases)
+                if are_alike(bases) and not bases[0].weight.is_cuda:
+                    stacked(bases)
     machine.trim()  # of the weights that are parts of a stack now
 
 
 def _is_gated_by_silu(mlp: Any) -> bool:
     return isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Frozen projections of one input, as one."""
-
-    weight: Tensor
-    """All outputs, one projection's below another's."""
-    bias: Tensor | None
-    sizes: tuple[int, ...]
-    """The outputs of each."""
-    ranks: tuple[int, ...]
-    """The rank of the LoRA of each; 0: it has none."""
-    scale: float
-    """What LoRA's updates are multiplied by."""
-    dtype: torch.dtype
-    """What LoRA's matrices learn in."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class _Pass:
     sin: Tensor
     attention_scale: float
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
-    inputs: tuple[_Group, ...]
+    inputs: tuple[Group, ...]
     """The projections by the input they read: q, k, v; o; gate, up; down."""
     cache: tuple[Cache, int] | None
     read: Tensor | None
@@ -112,7 +106,7 @@ def _forward(
         or position_embeddings is None
         or (self.gradient_checkpointing and self.training)
         or any(norm.weight.requires_grad for norm in norms)
-        or not all(_is_one(group) for group in inputs)
+        or not all(are_one(group) for group in inputs)
         or (past_key_values is not None and torch.is_grad_enabled())
     ):
         out: Tensor = type(self).forward(
@@ -136,7 +130,7 @@ def _forward(
             (norms[0].weight, norms[0].variance_epsilon),
             (norms[1].weight, norms[1].variance_epsilon),
         ),
-        tuple(_group(layers) for layers in inputs),
+        tuple(group_of(layers) for layers in inputs),
         None if past_key_values is None else (past_key_values, attention.layer_idx),
         read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
@@ -168,82 +162,15 @@ def _by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return plain(layer) if type(layer) is LoraLinear else type(layer) is nn.Linear
-
-
-def _is_stackable(bases: Sequence[Any]) -> bool:
-    """Whether layers are frozen, and alike."""
-    return (
-        all(type(base) is nn.Linear for base in bases)
-        and not any(part.requires_grad for base in bases for part in base.parameters())
-        and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
-    )
-
-
-def _is_one(layers: Sequence[Any]) -> bool:
-    """Whether projections of one input can be computed as one."""
-    if not all(_is_plain(layer) for layer in layers):
-        return False
-    scales = {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLinear)}
-    return len(scales) <= 1 and _is_stackable([_base(layer) for layer in layers])
-
-
-def _base(layer: Any) -> Any:
-    return layer.base_layer if isinstance(layer, LoraLinear) else layer
-
-
-def _group(layers: Sequence[Any]) -> _Group:
-    bases = [_base(layer) for layer in layers]
-    biases = [base.bias for base in bases]
-    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-    return _Group(
-        _stacked(bases),
-        biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
-        tuple(len(base.weight) for base in bases),
-        tuple(layer.r["default"] if layer in adapted else 0 for layer in layers),
-        adapted[0].scaling["default"] if adapted else 1.0,
-        adapted[0].lora_A["default"].weight.dtype if adapted else bases[0].weight.dtype,
-    )
-
-
-def _stacked(layers: Sequence[Any]) -> Tensor:
-    """Return all weights as one, of which each layer's becomes a part; no second copy is kept."""
-    weights = [layer.weight for layer in layers]
-    first, inputs = weights[0], weights[0].shape[1]
-    if len(weights) == 1:
-        return first  # type: ignore[no-any-return]
-    outputs = sum(map(len, weights))
-    # They may have been moved, each for itself, since they were laid.
-    storage, place = first.untyped_storage()._cdata, first.storage_offset()
-    for weight in weights:
-        if (
-            weight.untyped_storage()._cdata != storage
-            or weight.storage_offset() != place
-            or not weight.is_contiguous()
-        ):
-            break
-        place += weight.numel()
-    else:
-        return first.as_strided((outputs, inputs), (inputs, 1))  # type: ignore[no-any-return]
-    # What is made in inference mode could never be trained with.
-    with torch.inference_mode(mode=False), torch.no_grad():
-        stack = torch.cat([weight.detach() for weight in weights])
-        parts = torch.split(stack, [len(weight) for weight in weights])
-        for layer, part in zip(layers, parts, strict=True):
-            layer.weight.data = part
-    return stack
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, prefix: Tensor, what: _Pass, *adapters: Tensor) -> Tensor:
-        by_input = _joined(what.inputs, adapters, x.dtype)
+        by_input = joined(what.inputs, adapters, x.dtype)
         qkv, o, gate_up, down = what.inputs
         groups, turning = prefix.shape[2], sum(qkv.sizes[:2])
 
         first, first_scale = normed(x, *what.norms[0])
-        heads, qkv_low = _project(first, qkv, by_input[0])
+        heads, qkv_low = project(first, qkv, by_input[0])
         rotate(heads[:, :turning], what.cos, what.sin)
         q, both = heads[:, : qkv.sizes[0]], heads[:, qkv.sizes[0] :]
         before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
@@ -255,13 +182,13 @@ class _Layer(torch.autograd.Function):
             del saved, first
         if what.read is not None:
             attended = attended.index_select(0, what.read)  # (T, H*D)
-        middle, o_low = _project(attended, o, by_input[1])
+        middle, o_low = project(attended, o, by_input[1])
         middle.add_(x if what.read is None else x.index_select(0, what.read))
 
         second, second_scale = normed(middle, *what.norms[1])
-        opening, gate_up_low = _project(second, gate_up, by_input[2])  # gate, up
+        opening, gate_up_low = project(second, gate_up, by_input[2])  # gate, up
         product = gated(opening)
-        out, down_low = _project(product, down, by_input[3])
+        out, down_low = project(product, down, by_input[3])
         out.add_(middle)
 
         if what.read is not None:
@@ -270,8 +197,8 @@ class _Layer(torch.autograd.Function):
             return out
         # An input is kept for the gradients of the adapters that read it only.
         kept = [
-            (None,) * 4 if joined is None else (part, low, *joined)
-            for part, low, joined in zip(
+            (None,) * 4 if pair is None else (part, low, *pair)
+            for part, low, pair in zip(
                 (first, attended, second, product), (qkv_low, o_low, gate_up_low, down_low),
                 by_input, strict=True,
             )
@@ -294,11 +221,11 @@ class _Layer(torch.autograd.Function):
         if what.read is not None:
             grad = grad.index_select(0, what.read)
 
-        product, found[3] = _unproject(grad, *down)
-        second, found[2] = _unproject(gated_backward(product, opening), *gate_up)
+        product, found[3] = unproject(grad, *down)
+        second, found[2] = unproject(gated_backward(product, opening), *gate_up)
         dmiddle = normed_backward(second, middle, what.norms[1][0], second_scale, grad)
 
-        dattended, found[1] = _unproject(dmiddle, *o)
+        dattended, found[1] = unproject(dmiddle, *o)
         if what.read is not None:
             dattended = dattended.new_zeros(len(x), dattended.shape[1]).index_copy_(
                 0, what.read, dattended
@@ -310,88 +237,16 @@ class _Layer(torch.autograd.Function):
         rotate(heads[:, : sum(qkv[0].sizes[:2])], what.cos, what.sin, back=True)
         dx = None
         if ctx.needs_input_grad[0]:
-            first, found[0] = _unproject(heads, *qkv)
+            first, found[0] = unproject(heads, *qkv)
             straight = dmiddle if what.read is None else None
             dx = normed_backward(first, x, what.norms[0][0], first_scale, straight)
             if what.read is not None:
                 dx.index_add_(0, what.read, dmiddle)
         else:  # the first layer reads frozen embeddings
-            _, found[0] = _learned(heads, *qkv)
+            _, found[0] = learned(heads, *qkv)
 
         dprefix = before.view(2, len(before) // 2, *before.shape[1:]).permute(2, 0, 1, 3)
         return dx, dprefix, None, *(part for group in found for part in group)
-
-
-_Kept = Sequence[Tensor | None]
-"""Of a group with LoRA: its input, (N, in); that in the adapters' ranks, (N, R); A and B as
-`_joined` returns them. Of one without: None."""
-
-
-def _joined(
-    groups: Sequence[_Group], adapters: Sequence[Tensor], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor] | None]:
-    """Put the adapters, A and B in turn, of each group side by side, in the dtype of a pass.
-
-    Returns A, shape (R, in), R the sum of ranks, and B, shape (out, R): each projection's where its
-    outputs meet its ranks, times the scale, else zero.
-    """
-    rest = iter(adapters)
-    made: list[tuple[Tensor, Tensor] | None] = []
-    for group in groups:
-        pairs = [(next(rest), next(rest)) if rank else None for rank in group.ranks]
-        own = [pair for pair in pairs if pair]
-        if not own:
-            made.append(None)
-            continue
-        blocks = [
-            own[0][1].new_empty(size, 0) if pair is None else pair[1]
-            for pair, size in zip(pairs, group.sizes, strict=True)
-        ]
-        a, b = own[0][0], blocks[0]
-        if len(group.sizes) > 1:
-            a = torch.cat([pair[0] for pair in own])
-            b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-        made.append((a.to(dtype), (b * group.scale).to(dtype)))
-    return made
-
-
-def _project(
-    x: Tensor, group: _Group, joined: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
-    out = nn.functional.linear(x, group.weight, group.bias)
-    if joined is None:
-        return out, None
-    low = x @ joined[0].T  # (N, R)
-    return out.addmm_(low, joined[1].T), low
-
-
-def _unproject(grad: Tensor, group: _Group, kept: _Kept) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradient of the input, and those of the adapters, A and B in turn."""
-    dx = grad @ group.weight
-    dlow, found = _learned(grad, group, kept)
-    if dlow is not None and (a := kept[2]) is not None:
-        dx.addmm_(dlow, a)
-    return dx, found
-
-
-def _learned(grad: Tensor, group: _Group, kept: _Kept) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradient of x A^T, shape (N, R), and those of A and B in turn."""
-    x, low, _, b = kept
-    if x is None or low is None or b is None:
-        return None, []
-    dlow = grad @ b
-    das = torch.split((dlow.T @ x).to(group.dtype), list(group.ranks))
-    # Of B, only what is no zero for good.
-    rows = torch.split(low.T @ grad, list(group.ranks))
-    found: list[Tensor] = []
-    start = 0
-    for rank, size, da, row in zip(group.ranks, group.sizes, das, rows, strict=True):
-        if rank:
-            db = row[:, start : start + size].T.to(group.dtype)
-            found += [da, db.mul_(group.scale)]
-        start += size
-    return dlow, found
 
 
 def _remembered(cache: tuple[Cache, int], both: Tensor, groups: int) -> Tensor:

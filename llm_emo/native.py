@@ -3,8 +3,8 @@
 Next to products that fill a core's caches, every other operation of torch begins cold: its code and
 its numbers have to be fetched again, which takes longer than what it does. A norm is eight of them,
 in float32 that bfloat16 has to be turned into. `native.c` says each of these things as one loop. A
-C compiler makes a library of it where there is one, once, in a second, in the cache folder; where
-there is none, torch's operations do the same, to rounding. `LLM_EMO_NATIVE=0` asks for them.
+C compiler makes a library of it where there is one, once, in the cache folder; where there is none,
+torch's operations do the same, to rounding. `LLM_EMO_NATIVE=0` asks for them.
 
 Its threads are those of the pool that torch has begun already, GNU's: a second pool would fight for
 the same cores. So there is no library where torch brings another kind.

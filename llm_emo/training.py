@@ -253,8 +253,7 @@ class EmoTrainer(Trainer):
         """Run a step's passes forward and backward, on the clock; return its loss, shape ().
 
         Written out, because the Trainer's own walks through all modules of the model in each pass,
-        to say to them that they train, which takes a hundredth of a step. `train` and `evaluate`
-        have said it.
+        to say to them that they train. `train` and `evaluate` have said it.
         """
         started = time.perf_counter()
         loss = torch.zeros((), device=self.args.device)

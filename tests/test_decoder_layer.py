@@ -194,13 +194,13 @@ def test_the_last_layer_computes_the_states_that_are_read_and_no_others(monkeypa
     trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
     nodes = trie.last[[3, 1, 3, 0]]  # in no order, and one of them twice
     rows = []
-    project = decoder_layer._project
+    project = decoder_layer.project
 
     def recorded(x, *arguments):
         rows.append(len(x))
         return project(x, *arguments)
 
-    monkeypatch.setattr(decoder_layer, "_project", recorded)
+    monkeypatch.setattr(decoder_layer, "project", recorded)
     found = node_logits(made, trie, nodes)
     # queries, keys and values; the output of attention; gate and up; down
     assert rows == [len(trie)] * 5 + [3] * 3

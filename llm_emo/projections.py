@@ -1,0 +1,176 @@
+"""Frozen linear layers that read one input as one product, with their LoRA adapters side by side.
+
+The weights are laid next to one another in memory. Of the adapters, the A's stand below one another
+and the B's are blocks of a matrix that is zero elsewhere; that costs some operations and spares
+narrow products, which run far below a machine's rate.
+
+Letters: N nodes, R the sum of the adapters' ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from llm_emo.lean import plain
+
+
+@dataclass(frozen=True)
+class Group:
+    """Frozen projections of one input, as one."""
+
+    weight: Tensor
+    """All outputs, one projection's below another's."""
+    bias: Tensor | None
+    sizes: tuple[int, ...]
+    """The outputs of each."""
+    ranks: tuple[int, ...]
+    """The rank of the LoRA of each; 0: it has none."""
+    scale: float
+    """What LoRA's updates are multiplied by."""
+    dtype: torch.dtype
+    """What LoRA's matrices learn in."""
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return plain(layer) if type(layer) is LoraLinear else type(layer) is nn.Linear
+
+
+def are_alike(bases: Sequence[Any]) -> bool:
+    """Whether layers are frozen, and alike."""
+    return (
+        all(type(base) is nn.Linear for base in bases)
+        and not any(part.requires_grad for base in bases for part in base.parameters())
+        and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
+    )
+
+
+def are_one(layers: Sequence[Any]) -> bool:
+    """Whether projections of one input can be computed as one."""
+    if not all(_is_plain(layer) for layer in layers):
+        return False
+    scales = {layer.scaling["default"] for layer in layers if isinstance(layer, LoraLinear)}
+    return len(scales) <= 1 and are_alike([base_of(layer) for layer in layers])
+
+
+def base_of(layer: Any) -> Any:
+    """Return the frozen layer, with LoRA or without."""
+    return layer.base_layer if isinstance(layer, LoraLinear) else layer
+
+
+def group_of(layers: Sequence[Any]) -> Group:
+    """Return layers for which `are_one` holds as one."""
+    bases = [base_of(layer) for layer in layers]
+    biases = [base.bias for base in bases]
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    return Group(
+        stacked(bases),
+        biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
+        tuple(len(base.weight) for base in bases),
+        tuple(layer.r["default"] if layer in adapted else 0 for layer in layers),
+        adapted[0].scaling["default"] if adapted else 1.0,
+        adapted[0].lora_A["default"].weight.dtype if adapted else bases[0].weight.dtype,
+    )
+
+
+def stacked(layers: Sequence[Any]) -> Tensor:
+    """Return all weights as one, of which each layer's becomes a part; no second copy is kept."""
+    weights = [layer.weight for layer in layers]
+    first, inputs = weights[0], weights[0].shape[1]
+    if len(weights) == 1:
+        return first  # type: ignore[no-any-return]
+    outputs = sum(map(len, weights))
+    # They may have been moved, each for itself, since they were laid.
+    storage, place = first.untyped_storage()._cdata, first.storage_offset()
+    for weight in weights:
+        if (
+            weight.untyped_storage()._cdata != storage
+            or weight.storage_offset() != place
+            or not weight.is_contiguous()
+        ):
+            break
+        place += weight.numel()
+    else:
+        return first.as_strided((outputs, inputs), (inputs, 1))  # type: ignore[no-any-return]
+    # What is made in inference mode could never be trained with.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        stack = torch.cat([weight.detach() for weight in weights])
+        parts = torch.split(stack, [len(weight) for weight in weights])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight.data = part
+    return stack
+
+
+Kept = Sequence[Tensor | None]
+"""Of a group with LoRA: its input, (N, in); that in the adapters' ranks, (N, R); A and B as
+`joined` returns them. Of one without: None."""
+
+
+def joined(
+    groups: Sequence[Group], adapters: Sequence[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Put the adapters, A and B in turn, of each group side by side, in the dtype of a pass.
+
+    Returns A, shape (R, in), R the sum of ranks, and B, shape (out, R): each projection's where its
+    outputs meet its ranks, times the scale, else zero.
+    """
+    rest = iter(adapters)
+    made: list[tuple[Tensor, Tensor] | None] = []
+    for group in groups:
+        pairs = [(next(rest), next(rest)) if rank else None for rank in group.ranks]
+        own = [pair for pair in pairs if pair]
+        if not own:
+            made.append(None)
+            continue
+        blocks = [
+            own[0][1].new_empty(size, 0) if pair is None else pair[1]
+            for pair, size in zip(pairs, group.sizes, strict=True)
+        ]
+        a, b = own[0][0], blocks[0]
+        if len(group.sizes) > 1:
+            a = torch.cat([pair[0] for pair in own])
+            b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        made.append((a.to(dtype), (b * group.scale).to(dtype)))
+    return made
+
+
+def project(
+    x: Tensor, group: Group, pair: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
+    out = nn.functional.linear(x, group.weight, group.bias)
+    if pair is None:
+        return out, None
+    low = x @ pair[0].T  # (N, R)
+    return out.addmm_(low, pair[1].T), low
+
+
+def unproject(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradient of the input, and those of the adapters, A and B in turn."""
+    dx = grad @ group.weight
+    dlow, found = learned(grad, group, kept)
+    if dlow is not None and (a := kept[2]) is not None:
+        dx.addmm_(dlow, a)
+    return dx, found
+
+
+def learned(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradient of x A^T, shape (N, R), and those of A and B in turn."""
+    x, low, _, b = kept
+    if x is None or low is None or b is None:
+        return None, []
+    dlow = grad @ b
+    das = torch.split((dlow.T @ x).to(group.dtype), list(group.ranks))
+    # Of B, only what is no zero for good.
+    rows = torch.split(low.T @ grad, list(group.ranks))
+    found: list[Tensor] = []
+    start = 0
+    for rank, size, da, row in zip(group.ranks, group.sizes, das, rows, strict=True):
+        if rank:
+            db = row[:, start : start + size].T.to(group.dtype)
+            found += [da, db.mul_(group.scale)]
+        start += size
+    return dlow, found
