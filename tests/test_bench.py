@@ -99,6 +99,23 @@ def test_seconds_run_from_step_to_step(tmp_path):
     assert all(second > 0 for second in seconds)
 
 
+def test_what_is_done_between_steps_is_off_the_clock(tmp_path, monkeypatch):
+    now = [0.0]
+    made = trainer("llm_emo", tmp_path)
+    step = made.training_step
+
+    def slow(*args, **kwargs):
+        now[0] += 2.0
+        return step(*args, **kwargs)
+
+    def between():
+        now[0] += 100.0
+
+    made.training_step = slow
+    monkeypatch.setattr(trainers.time, "perf_counter", lambda: now[0])
+    assert trainers.timed(made, between)[0] == [2.0, 2.0]
+
+
 def test_what_a_padded_batch_trains_is_read_from_its_labels():
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]),
@@ -333,10 +350,25 @@ def test_a_profile_says_what_time_went_to():
     assert done == 2 * 3 * 50 * 64 * 50
 
 
-def test_the_measured_rate_is_a_rate():
+@pytest.mark.parametrize("training", [True, False])
+def test_the_products_alone_are_those_that_are_counted(training):
     model = tiny.adapted("llama", "lora")
+    products = matrix.Products(model, nodes=8, logits=3, training=training)
+    with FlopCounterMode(display=False) as counter:
+        seconds = products.several(2)
+    assert counter.get_total_flops() == 3 * products.operations  # once for warming up
+    counted = matrix.operations(model, range(8), range(3), training=training)
+    assert products.operations == counted["linear"] + counted["head"]
     # How fast is a benchmark's matter: a machine that does much else may be very slow.
-    assert 0 < matrix.rate(model, nodes=8, logits=3, training=True) < 1e15
+    assert len(seconds) == 2
+    assert all(second > 0 for second in seconds)
+
+
+def test_the_rate_is_the_mean_of_the_time_that_products_took():
+    products = matrix.Products(tiny.model("llama"), nodes=8, logits=3, training=True)
+    rate = products.rate([1.0, 3.0])
+    assert rate["operations_per_second"] == products.operations / 2
+    assert rate["measured_at"] == {"nodes": 8, "logits": 3}
 
 
 def test_twice_the_time_is_half_the_share():
@@ -390,7 +422,7 @@ def test_the_report_shows_rates_ratios_differences_and_versions():
     assert "matrix products alone at 100 nodes and 7 logits: 20.0 GFLOP/s" in text
     assert "a step needs 1.0 GFLOP of distinct tokens: linear 90%, head 10%" in text
     row = next(line for line in text.splitlines() if line.startswith("llm_emo "))
-    assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "60%", "3", "MiB"]
+    assert row.split() == ["llm_emo", "14.00", "12.00", "20.00", "100", "70%", "3", "MiB"]
 
 
 # --- LLaMA-Factory ------------------------------------------------------------------------------

@@ -115,26 +115,28 @@ def measure(given: argparse.Namespace) -> Result:
 
     if given.check:
         return {"side": given.side, "tokens": side(prompts)[1]}
-    found, result = inference.timed(side, prompts, given.batch_size)
+    products = None
+    if given.side == OURS:
+        read = len(matrix.depths_in(prompts))
+        at = min(read, settings.tokens_per_pass)
+        # Those of reading prompts, which are large. Writing has a row of a product per live text
+        # only and is bound by reading the weights; its share is small by nature.
+        products = matrix.Products(
+            model, nodes=at, logits=len(prompts) * at // read + 1, training=False
+        )
+    found, result = inference.timed(side, prompts, given.batch_size, products)
+    if products:
+        result["matrix"] |= needed(model, prompts, found)
     return {
         **harness.described(given, labeller, *SHOWN),
         **result,
         "tokens": found,
-        "matrix": limits(given.side, model, prompts, found, settings.tokens_per_pass),
         "max_new_tokens": longest,
     }
 
 
-def limits(
-    side: str, model: Any, prompts: Sequence[Ids], found: Sequence[Ids], tokens_per_pass: int
-) -> dict[str, Any] | None:
-    """Count what prompts and written tokens need in one trie, and measure the rate of a pass.
-
-    The rate is that of reading prompts, whose products are large. Writing has a row of a product
-    per live text only and is bound by reading the weights; its share is small by nature.
-    """
-    if side != OURS:
-        return None
+def needed(model: Any, prompts: Sequence[Ids], found: Sequence[Ids]) -> dict[str, Any]:
+    """Count what prompts and written tokens need in one trie."""
     # The token that ends a row is predicted, never read.
     depths = matrix.depths_in([p + w for p, w in zip(prompts, found, strict=True)])
     predicting = {
@@ -145,11 +147,8 @@ def limits(
     counted = matrix.operations(
         model, depths, [len(tokens) - 1 for tokens in predicting], training=False
     )
-    read = len(matrix.depths_in(prompts))
-    at = min(read, tokens_per_pass)
-    rate = matrix.rate(model, nodes=at, logits=len(prompts) * at // read + 1, training=False)
-    return {"operations": sum(counted.values()), "nodes": len(depths), "read": read,
-            "operations_per_second": rate, "measured_at": {"nodes": at}}  # fmt: skip
+    return {"operations": sum(counted.values()), "nodes": len(depths),
+            "read": len(matrix.depths_in(prompts))}  # fmt: skip
 
 
 def require_same(found: dict[str, list[Sequence[int]]]) -> None:

@@ -187,33 +187,33 @@ def measure(given: argparse.Namespace) -> Result:
     side = side_of[given.side]
     if given.check:
         return {"side": given.side, "log_probabilities": side(prompts)[1]}
-    found, result = inference.timed(side, prompts, given.batch_size)
+    products = None
+    if given.side == OURS:
+        counted, products = limits(model, prompts, answers, tokens_per_pass)
+    found, result = inference.timed(side, prompts, given.batch_size, products)
+    if products:
+        result["matrix"] |= counted
     return {
         **harness.described(given, labeller, *SHOWN),
         **result,
         "chosen": [max(range(len(row)), key=row.__getitem__) for row in found],
         "answers": [list(answer) for answer in answers],
-        "matrix": limits(given.side, model, prompts, answers, tokens_per_pass),
     }
 
 
 def limits(
-    side: str, model: Any, prompts: Sequence[Ids], answers: Sequence[Ids], tokens_per_pass: int
-) -> dict[str, Any] | None:
-    """Count what all rows need in one trie, and measure the rate at a pass's shapes.
+    model: Any, prompts: Sequence[Ids], answers: Sequence[Ids], tokens_per_pass: int
+) -> tuple[dict[str, Any], matrix.Products]:
+    """Count what all rows need in one trie; return it, and the products of one pass.
 
     What the prompts of different passes have in common is counted once as well: an ideal that a
     pass of bounded size can only come near.
     """
-    if side != OURS:
-        return None
     total, [(nodes, logits)] = matrix.of_scoring(model, iter([prompts]), answers)
     passes = max(1, round(nodes / tokens_per_pass))
-    rate = matrix.rate(
-        model, nodes=nodes // passes, logits=max(1, logits // passes), training=False
+    return {"operations": total, "nodes": nodes}, matrix.Products(
+        model, nodes=nodes // passes, logits=logits // passes, training=False
     )
-    return {"operations": total, "nodes": nodes, "operations_per_second": rate,
-            "measured_at": {"nodes": nodes // passes, "logits": logits // passes}}  # fmt: skip
 
 
 # --- all sides in turn --------------------------------------------------------------------------

@@ -163,9 +163,13 @@ def measure(given: argparse.Namespace) -> Result:
             loss = trainers.loss_of(trainer, batches[0], targets[0])
             return {"side": given.side, "loss": loss}
         del batches
+        needed = limits(given.side, labeller.model, recipe, steps[WARM_UP:])
+        products: list[float] = []
+        # The machine's rate belongs to a moment, so it is taken in turns with the steps.
+        between = (lambda: products.append(needed[1].seconds())) if needed else None
         harness.forget_peak()
         before = harness.peak_memory()
-        seconds, losses = trainers.timed(trainer)
+        seconds, losses = trainers.timed(trainer, between)
     counted = seconds[WARM_UP - 1 :]
     return {
         **harness.described(given, labeller, *SHOWN),
@@ -180,7 +184,7 @@ def measure(given: argparse.Namespace) -> Result:
         ),
         "peak_memory_bytes": harness.peak_memory(),
         "peak_memory_before_training_bytes": before,
-        "matrix": limits(given.side, labeller.model, recipe, steps[WARM_UP:]),
+        "matrix": needed[0] | needed[1].rate(products[WARM_UP:]) if needed else None,
         "method": recipe.method.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json"),
         "protocol": labeller.experiment.protocol.name,
@@ -264,8 +268,10 @@ def profile(given: argparse.Namespace) -> str:
     return "\n".join([heading, table, kinds])
 
 
-def limits(side: str, model: Any, recipe: Any, steps: trainers.Steps) -> dict[str, Any] | None:
-    """Count the operations of the timed steps, and measure the rate at the median step's shapes.
+def limits(
+    side: str, model: Any, recipe: Any, steps: trainers.Steps
+) -> tuple[dict[str, Any], matrix.Products] | None:
+    """Count the operations of the timed steps; return them, and the products of the median step.
 
     Only on our side: the rate belongs to the machine, at that time, and the operations to the
     rows; both hold for every side of the round.
@@ -279,12 +285,8 @@ def limits(side: str, model: Any, recipe: Any, steps: trainers.Steps) -> dict[st
     ]
     _, nodes, logits = sorted(counted, key=lambda step: step[1])[len(counted) // 2]
     kinds = {kind: sum(step[0][kind] for step in counted) for kind in counted[0][0]}
-    return {
-        "operations": kinds,
-        "nodes": [step[1] for step in counted],
-        "measured_at": {"nodes": nodes, "logits": logits},
-        "operations_per_second": matrix.rate(model, nodes=nodes, logits=logits, training=True),
-    }
+    needed = {"operations": kinds, "nodes": [step[1] for step in counted]}
+    return needed, matrix.Products(model, nodes=nodes, logits=logits, training=True)
 
 
 # --- all sides in turn --------------------------------------------------------------------------

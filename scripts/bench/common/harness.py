@@ -354,14 +354,13 @@ def columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rates_table(results: Rounds, rate: str, *extra: tuple[str, Callable[[Result], str]]) -> str:
-    """Return the rates of all sides (median, least, most), further columns, share, peak memory.
+    """Return all sides' rates (median, least, most), further columns, share, peak memory.
 
     Args:
         results: What was measured.
         rate: The key of the rate.
         extra: Heads and what stands below them, of a side's first round.
     """
-    extra = (*extra, ("matrix share", lambda result: f"{result['share_of_matrix_rate']:.0%}"))
     rows = []
     for side, rounds in results.items():
         rates = [result[rate] for result in rounds]
@@ -373,11 +372,12 @@ def rates_table(results: Rounds, rate: str, *extra: tuple[str, Callable[[Result]
                 f"{min(rates):.2f}",
                 f"{max(rates):.2f}",
                 *(show(rounds[0]) for _, show in extra),
+                f"{statistics.median(result['share_of_matrix_rate'] for result in rounds):.0%}",
                 f"{memory:.0f} MiB",
             ]
         )
     heads = ["", rate.replace("_per_second", "/s"), "min", "max"]
-    return columns([*heads, *(head for head, _ in extra), "peak memory"], rows)
+    return columns([*heads, *(head for head, _ in extra), "matrix share", "peak memory"], rows)
 
 
 def bench(

@@ -8,6 +8,7 @@ from typing import Any
 
 from common import harness
 from common.harness import OURS, Result, Rounds
+from common.matrix import Products
 
 RATE = "rows_per_second"
 
@@ -35,18 +36,26 @@ def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids]]:
 
 
 def timed(
-    side: Callable[[Sequence[Ids]], tuple[float, Any]], prompts: Sequence[Ids], warm_up: int
-) -> tuple[Any, Result]:
-    """Return what a side finds, and its figures; `warm_up` prompts run before."""
+    side: Callable[[Sequence[Ids]], tuple[float, Any]], prompts: Sequence[Ids], warm_up: int,
+    products: Products | None = None,
+) -> tuple[Any, Result]:  # fmt: skip
+    """Return what a side finds, and its figures; `warm_up` prompts run before.
+
+    The machine's rate belongs to a moment, so `products` are timed just before and just after.
+    """
     side(prompts[:warm_up])
+    seconds = products.several() if products else []
     harness.forget_peak()
-    seconds, found = side(prompts)
+    taken, found = side(prompts)
+    peak = harness.peak_memory()
+    seconds += products.several() if products else []
     return found, {
-        RATE: len(prompts) / seconds,
-        "seconds": seconds,
+        RATE: len(prompts) / taken,
+        "seconds": taken,
         "rows": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
-        "peak_memory_bytes": harness.peak_memory(),
+        "peak_memory_bytes": peak,
+        "matrix": products.rate(seconds) if products else None,
     }
 
 

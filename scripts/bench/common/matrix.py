@@ -49,9 +49,7 @@ def linears(model: Any) -> tuple[list[Linear], Linear]:
 
     found: list[Linear] = []
     behind = f".layers.{model.config.get_text_config().num_hidden_layers - 1}."
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        head = model.base.get_output_embeddings()
+    head = head_of(model)
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", module)
         if name.endswith(".base_layer") or not isinstance(base, nn.Linear) or base is head:
@@ -71,6 +69,12 @@ def linears(model: Any) -> tuple[list[Linear], Linear]:
             )
         )
     return found, Linear("head", head.in_features, head.out_features, 0, first=False, last=True)
+
+
+def head_of(model: Any) -> Any:
+    """Return the layer that gives the vocabulary's logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return model.base.get_output_embeddings() if head is None else head
 
 
 def operations(
@@ -112,54 +116,73 @@ def pairs_in(depths: Sequence[int], prefix: int = 0) -> int:
     return sum(depth + 1 + prefix for depth in depths)
 
 
-def rate(model: Any, *, nodes: int, logits: int, training: bool, repeats: int = 5) -> float:
-    """Measure this machine's operations per second on the step's own matrix products alone.
+class Products:
+    """The matrix products of a pass and nothing else, to be timed beside it.
 
     All frozen linear layers in their order, each with its own weights (so that they come from
     memory as they do in a step), over as many rows as there are nodes that need them; the head over
-    those with logits; in training all of them backward to their inputs too. The median of
-    `repeats`.
+    those with logits; in training all of them backward to their inputs too.
+
+    Args:
+        model: The adapted model, or a bare one.
+        nodes: Rows of most layers.
+        logits: Rows of the head, and of the last layer behind its keys and values.
+        training: Whether gradients are computed.
     """
-    import torch
 
-    from common.harness import synchronise
+    def __init__(self, model: Any, *, nodes: int, logits: int, training: bool) -> None:
+        import torch
 
-    layers, head = linears(model)
-    modules = dict(model.named_modules())
-    parameter = next(model.parameters())
-    dtype, device = parameter.dtype, parameter.device
-    weights = []
-    for layer in (*layers, head):
-        module = modules.get(layer.name)
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        if weight is None or weight.shape != (layer.outputs, layer.inputs):  # the head; packed ones
-            weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=device)
-        weights.append(weight.detach())
-    read = max(logits, 1)
-    rows = [read if layer.last else nodes for layer in (*layers, head)]
-    ready = {
-        (count, size): torch.randn(count, size, dtype=dtype, device=device)
-        for layer, count in zip((*layers, head), rows, strict=True)
-        for size in (layer.inputs, layer.outputs)
-    }
-    backward = [training and not layer.first for layer in (*layers, head)]
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
+        layers, head = linears(model)
+        modules = dict(model.named_modules())
+        self.sizes = {"nodes": nodes, "logits": max(logits, 1)}
+        self._forward: list[tuple[Any, Any]] = []
+        self._backward: list[tuple[Any, Any]] = []
+        self.operations = 0.0
+        ready: dict[tuple[int, int], Any] = {}
+        for layer in (*layers, head):
+            module = head_of(model) if layer is head else modules[layer.name]
+            linear = getattr(module, "base_layer", module)
+            rows = self.sizes["logits" if layer.last else "nodes"]
+            for size in (layer.inputs, layer.outputs):
+                if (rows, size) not in ready:
+                    ready[rows, size] = torch.randn(
+                        rows, size, dtype=linear.weight.dtype, device=linear.weight.device
+                    )
+            wanted = training and not layer.first
+            self._forward.append((ready[rows, layer.inputs], linear))
+            if wanted:
+                self._backward.append((ready[rows, layer.outputs], linear))
+            self.operations += 2.0 * rows * layer.products * (1 + wanted)
+
+    def seconds(self) -> float:
+        """Compute them once, and return the time that it took."""
+        import torch
+
+        from common.harness import synchronise
+
+        with torch.inference_mode():
             synchronise()
             started = time.perf_counter()
-            for weight, count in zip(weights, rows, strict=True):
-                torch.nn.functional.linear(ready[count, weight.shape[1]], weight)
-            for weight, count, wanted in zip(weights, rows, backward, strict=True):
-                if wanted:
-                    ready[count, weight.shape[0]] @ weight
+            # A step may move a weight to other memory, so it is looked up each time.
+            for states, linear in self._forward:
+                torch.nn.functional.linear(states, linear.weight)
+            for gradients, linear in self._backward:
+                gradients @ linear.weight
             synchronise()
-            seconds.append(time.perf_counter() - started)
-    counted = sum(
-        2.0 * count * layer.products * (1 + wanted)
-        for layer, count, wanted in zip((*layers, head), rows, backward, strict=True)
-    )
-    return counted / statistics.median(seconds[1:])
+            return time.perf_counter() - started
+
+    def several(self, repeats: int = 5) -> list[float]:
+        """Compute them several times after once for warming up; return the seconds of each."""
+        return [self.seconds() for _ in range(repeats + 1)][1:]
+
+    def rate(self, seconds: Sequence[float]) -> dict[str, Any]:
+        """Return the operations per second that these times say, for a benchmark's record."""
+        return {
+            "operations_per_second": self.operations / statistics.mean(seconds),
+            "products_seconds": list(seconds),
+            "measured_at": self.sizes,
+        }
 
 
 def depths_in(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,10 +289,17 @@ def tokens_in(batch: Mapping[str, Any]) -> int:
 # --- on the clock -------------------------------------------------------------------------------
 
 
-def timed(trainer: Any) -> tuple[list[float], list[float]]:
-    """Train; return the seconds from each step's end to the next one's, and all the losses."""
+def timed(
+    trainer: Any, between: Callable[[], object] | None = None
+) -> tuple[list[float], list[float]]:
+    """Train; return the seconds of each step but the first, and all the losses.
+
+    A step's time is all of it, from what follows the step before to its own end. What `between`
+    does after each step is off the clock.
+    """
     from transformers import TrainerCallback
 
+    starts: list[float] = []
     ends: list[float] = []
     losses: list[Any] = []
 
@@ -300,6 +307,9 @@ def timed(trainer: Any) -> tuple[list[float], list[float]]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             synchronise()
             ends.append(time.perf_counter())
+            if between:
+                between()
+            starts.append(time.perf_counter())
 
     step = trainer.training_step
 
@@ -310,7 +320,7 @@ def timed(trainer: Any) -> tuple[list[float], list[float]]:
     trainer.training_step = recorded
     trainer.add_callback(Clock())
     trainer.train()
-    seconds = [end - start for start, end in itertools.pairwise(ends)]
+    seconds = [end - start for start, end in zip(starts, ends[1:], strict=False)]
     return seconds, [float(loss) for loss in losses]
 
 
