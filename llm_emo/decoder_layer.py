@@ -35,6 +35,7 @@ from llm_emo import branches as pieces
 from llm_emo import machine
 from llm_emo.branches import Branches
 from llm_emo.lean import gated, gated_backward, normed, normed_backward, rotate
+from llm_emo.packed import Packed, available, worthwhile
 from llm_emo.projections import (
     Group,
     are_alike,
@@ -54,15 +55,37 @@ KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
 def write_out(model: nn.Module) -> None:
     """Let every layer of these kinds take passes over a trie in pieces as one function."""
-    for module in model.modules():
-        if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp):
-            module.forward = partial(_forward, module)
-            for layers in _by_input(module):
-                bases = [base_of(layer) for layer in layers]
-                # On a GPU no pass comes in pieces.
-                if are_alike(bases) and not bases[0].weight.is_cuda:
-                    stacked(bases)
+    layers = written_out(model)
+    kept = packed_bytes(model) > 0
+    for layer in layers:
+        inputs = by_input(layer)
+        packed = tuple(Packed() if kept else None for _ in inputs)
+        layer.forward = partial(_forward, layer, packed=packed)
+        for group in inputs:
+            bases = [base_of(one) for one in group]
+            # On a GPU no pass comes in pieces.
+            if are_alike(bases) and not bases[0].weight.is_cuda:
+                stacked(bases)
     machine.trim()  # of the weights that are parts of a stack now
+
+
+def written_out(model: nn.Module) -> list[Any]:
+    """Return the layers that this module serves."""
+    return [
+        module for module in model.modules()
+        if isinstance(module, KINDS) and _is_gated_by_silu(module.mlp)
+    ]  # fmt: skip
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes of one copy of all weights of which copies are kept (see `packed`)."""
+    groups = [
+        [base_of(one) for one in group] for layer in written_out(model) for group in by_input(layer)
+    ]
+    weights = [base.weight for bases in groups if are_alike(bases) for base in bases]
+    size = sum(weight.nbytes for weight in weights)
+    kept = all(available(weight.dtype) for weight in weights) and worthwhile(size)
+    return size if kept else 0
 
 
 def _is_gated_by_silu(mlp: Any) -> bool:
@@ -92,6 +115,7 @@ def _forward(
     self: Any,
     hidden_states: Tensor,
     *args: Any,
+    packed: Sequence[Packed | None],
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Cache | None = None,
     branches: Branches | None = None,
@@ -99,7 +123,7 @@ def _forward(
     read: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    attention, inputs = self.self_attn, _by_input(self)
+    attention, inputs = self.self_attn, by_input(self)
     norms = (self.input_layernorm, self.post_attention_layernorm)
     if (
         branches is None
@@ -130,7 +154,7 @@ def _forward(
             (norms[0].weight, norms[0].variance_epsilon),
             (norms[1].weight, norms[1].variance_epsilon),
         ),
-        tuple(group_of(layers) for layers in inputs),
+        groups_of(self, packed),
         None if past_key_values is None else (past_key_values, attention.layer_idx),
         read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
@@ -151,7 +175,13 @@ def _forward(
     return written[None]
 
 
-def _by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
+def groups_of(layer: Any, packed: Sequence[Packed | None]) -> tuple[Group, ...]:
+    """Return a decoder layer's projections, those that read one input as one."""
+    inputs = by_input(layer)
+    return tuple(group_of(layers, own) for layers, own in zip(inputs, packed, strict=True))
+
+
+def by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
     """Return a decoder layer's projections by the input they read."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
@@ -165,12 +195,12 @@ def _by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, prefix: Tensor, what: _Pass, *adapters: Tensor) -> Tensor:
-        by_input = joined(what.inputs, adapters, x.dtype)
+        pairs = joined(what.inputs, adapters, x.dtype)
         qkv, o, gate_up, down = what.inputs
         groups, turning = prefix.shape[2], sum(qkv.sizes[:2])
 
         first, first_scale = normed(x, *what.norms[0])
-        heads, qkv_low = project(first, qkv, by_input[0])
+        heads, qkv_low = project(first, qkv, pairs[0])
         rotate(heads[:, :turning], what.cos, what.sin)
         q, both = heads[:, : qkv.sizes[0]], heads[:, qkv.sizes[0] :]
         before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
@@ -182,13 +212,13 @@ class _Layer(torch.autograd.Function):
             del saved, first
         if what.read is not None:
             attended = attended.index_select(0, what.read)  # (T, H*D)
-        middle, o_low = project(attended, o, by_input[1])
+        middle, o_low = project(attended, o, pairs[1])
         middle.add_(x if what.read is None else x.index_select(0, what.read))
 
         second, second_scale = normed(middle, *what.norms[1])
-        opening, gate_up_low = project(second, gate_up, by_input[2])  # gate, up
+        opening, gate_up_low = project(second, gate_up, pairs[2])  # gate, up
         product = gated(opening)
-        out, down_low = project(product, down, by_input[3])
+        out, down_low = project(product, down, pairs[3])
         out.add_(middle)
 
         if what.read is not None:
@@ -200,7 +230,7 @@ class _Layer(torch.autograd.Function):
             (None,) * 4 if pair is None else (part, low, *pair)
             for part, low, pair in zip(
                 (first, attended, second, product), (qkv_low, o_low, gate_up_low, down_low),
-                by_input, strict=True,
+                pairs, strict=True,
             )
         ]  # fmt: skip
         ctx.save_for_backward(

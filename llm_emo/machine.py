@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,21 @@ def say(text: str) -> None:
     """Write a line of progress, once per job."""
     if processes().is_main_process:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def memory() -> int | None:
+    """Return this machine's memory in bytes, or the part of it that a container may use.
+
+    None where the system does not say.
+    """
+    try:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(limit).read_text() if Path(limit).is_file() else ""
+        sizes += [int(text)] if text.strip().isdigit() else []
+    return min(sizes)
 
 
 def trim() -> None:

@@ -142,6 +142,7 @@ def _memory(planner: Planner, choice: Choice) -> dict[str, Any]:
     activations = min(highest.saved, highest.peak - highest.peak_logits)
     parts = {
         "weights": drawing.weights,
+        "copies": planner.copies(drawing),
         "adapter": drawing.adapter,
         "optimizer": drawing.optimizer,
         "activations": activations,

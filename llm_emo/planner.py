@@ -7,18 +7,17 @@ in micro-batches of several sizes. What fits is ranked by a cost model of two te
 Letters: N nodes of a trie, P prefix length.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from llm_emo import memory, recipes
+from llm_emo import machine, memory, recipes
+from llm_emo.decoder_layer import packed_bytes
 from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
 from llm_emo.inference import targets
@@ -80,25 +79,16 @@ class Place:
         if torch.cuda.is_available():
             seen = torch.cuda.get_device_properties(torch.cuda.current_device())
             return cls("cuda", seen.total_memory, f"this machine's {seen.name}", here=True)
-        return cls("cpu", _main_memory(), "this machine's memory", here=True)
+        capacity = machine.memory()
+        if capacity is None:
+            raise RunError(
+                "this system does not say how much memory it has; name a GPU's with --gpu-memory"
+            )
+        return cls("cpu", capacity, "this machine's memory", here=True)
 
     def allowance(self, peak: float) -> float:
         """Return what is taken beside tensors, given the bytes that come and go at the peak."""
         return CUDA_CONTEXT + FRAGMENTATION * peak if self.kind == "cuda" else PROCESS
-
-
-def _main_memory() -> int:
-    """Return this machine's memory, or the part of it that a container may use."""
-    try:
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, ValueError, OSError):
-        raise RunError(
-            "this system does not say how much memory it has; name a GPU's with --gpu-memory"
-        ) from None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(limit).read_text() if Path(limit).is_file() else ""
-        sizes += [int(text)] if text.strip().isdigit() else []
-    return min(sizes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ class Choice:
     training: Footprint | None
     evaluation: Footprint
     fixed: int
-    """Bytes of weights, adapter and optimiser."""
+    """Bytes of weights, of copies of them, of adapter and optimiser."""
     stepping: int
     """Bytes of gradients, and of what the optimiser's step writes beside them."""
     allowance: float
@@ -334,13 +324,19 @@ class Planner:
             tokens_per_pass=tokens_per_pass,
             training=training,
             evaluation=evaluation,
-            fixed=drawing.weights + drawing.adapter + drawing.optimizer,
+            fixed=drawing.weights + drawing.adapter + drawing.optimizer + self.copies(drawing),
             # On a GPU, AdamW's step takes all parameters at once, and so do its intermediates.
             stepping=drawing.trainable * (2 if self.place.kind == "cuda" else 1),
             allowance=self.place.allowance(peaks),
             operations=operations + self.evaluations * self.evaluation_operations,
             streamed=streams * drawing.multiplied * self._bytes_per_weight(quantization),
         )
+
+    def copies(self, drawing: meta.Drawing) -> int:
+        """Return the bytes of copies of weights that products read faster."""
+        if self.place.kind != "cpu":
+            return 0
+        return packed_bytes(drawing.model) * (1 if self.recipe.train is None else 2)
 
     def _bytes_per_weight(self, quantization: str) -> float:
         """Return the bytes that are moved to multiply with a weight once."""

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from llm_emo.lean import plain
+from llm_emo.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Group:
     """What LoRA's updates are multiplied by."""
     dtype: torch.dtype
     """What LoRA's matrices learn in."""
+    packed: Packed | None
+    """Copies of the weight that products read faster."""
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -61,18 +64,20 @@ def base_of(layer: Any) -> Any:
     return layer.base_layer if isinstance(layer, LoraLinear) else layer
 
 
-def group_of(layers: Sequence[Any]) -> Group:
-    """Return layers for which `are_one` holds as one."""
+def group_of(layers: Sequence[Any], packed: Packed | None) -> Group:
+    """Return layers for which `are_one` holds as one; `packed` may hold copies of their weight."""
     bases = [base_of(layer) for layer in layers]
+    weight = stacked(bases)
     biases = [base.bias for base in bases]
     adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
     return Group(
-        stacked(bases),
+        weight,
         biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
         tuple(len(base.weight) for base in bases),
         tuple(layer.r["default"] if layer in adapted else 0 for layer in layers),
         adapted[0].scaling["default"] if adapted else 1.0,
-        adapted[0].lora_A["default"].weight.dtype if adapted else bases[0].weight.dtype,
+        adapted[0].lora_A["default"].weight.dtype if adapted else weight.dtype,
+        None if packed is None else packed.of(weight),
     )
 
 
@@ -141,7 +146,10 @@ def project(
     x: Tensor, group: Group, pair: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
-    out = nn.functional.linear(x, group.weight, group.bias)
+    if group.packed is None:
+        out = nn.functional.linear(x, group.weight, group.bias)
+    else:
+        out = group.packed.product(x, group.weight, group.bias)
     if pair is None:
         return out, None
     low = x @ pair[0].T  # (N, R)
@@ -150,7 +158,8 @@ def project(
 
 def unproject(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of the input, and those of the adapters, A and B in turn."""
-    dx = grad @ group.weight
+    packed = group.packed
+    dx = grad @ group.weight if packed is None else packed.back(grad, group.weight)
     dlow, found = learned(grad, group, kept)
     if dlow is not None and (a := kept[2]) is not None:
         dx.addmm_(dlow, a)

@@ -184,6 +184,7 @@ def show_path(result: dict[str, Any]) -> None:
 
 _PARTS = {
     "weights": "base model",
+    "copies": "copies of its weights, laid out for products",
     "adapter": "adapter",
     "optimizer": "optimiser (AdamW)",
     "activations": "activations kept for the backward pass",
@@ -211,6 +212,8 @@ def show_plan(result: dict[str, Any]) -> None:
     memory = result["memory"]
     table = Table(f"memory at the peak (in {memory['stage']})", "")
     for key, name in _PARTS.items():
+        if key == "copies" and not memory[key]:
+            continue
         table.add_row(name, _size(memory[key]))
     table.add_row("in all", f"{_size(memory['needed'])} of {_size(result['capacity'])}")
     console.print(table)

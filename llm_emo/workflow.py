@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_emo import checkpoints, methods, metrics, native, optimizers, recipes, runs, training
+from llm_emo.decoder_layer import packed_bytes
 from llm_emo.encoded_rows import encoded
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError
@@ -223,6 +224,7 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
         {
             "dtype": base.dtype,
             "native": native.serves(base.model.get_input_embeddings().weight),
+            "packed": packed_bytes(model) > 0,
             "shortened_texts": shortened,
         },
     )

@@ -14,7 +14,7 @@ import torch
 from benches import common, load
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_emo import attention, branches, decoder_layer
+from llm_emo import attention, branches, decoder_layer, packed
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError, RunError
 from llm_emo.inference import score
@@ -269,6 +269,7 @@ def in_all_layers(model, depths, counted, **kwargs):
 
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_the_operations_of_a_step_are_those_that_torch_counts(method, monkeypatch):
+    monkeypatch.setattr(decoder_layer, "worthwhile", lambda size: False)  # nor others' products
     monkeypatch.setattr(branches, "SHARE", 0.0)  # torch does not count products added in place
     model = tiny.adapted("llama", method)
     rows = tiny.encoded(4)
@@ -300,7 +301,8 @@ def test_the_operations_of_scoring_are_those_that_torch_counts(architecture):
     )
 
 
-def test_the_last_layer_is_counted_where_it_is_read():
+def test_the_last_layer_is_counted_where_it_is_read(monkeypatch):
+    monkeypatch.setattr(decoder_layer, "worthwhile", lambda size: False)  # torch counts no others
     model = tiny.model("llama").requires_grad_(False)
     model.set_attn_implementation(attention.NAME)
     decoder_layer.write_out(model)
@@ -351,17 +353,34 @@ def test_a_profile_says_what_time_went_to():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_products_alone_are_those_that_are_counted(training):
+def test_the_products_alone_are_those_that_are_counted(training, monkeypatch):
+    monkeypatch.setattr(decoder_layer, "worthwhile", lambda size: False)  # torch counts no others
     model = tiny.adapted("llama", "lora")
     products = matrix.Products(model, nodes=8, logits=3, training=training)
     with FlopCounterMode(display=False) as counter:
         seconds = products.several(2)
     assert counter.get_total_flops() == 3 * products.operations  # once for warming up
     counted = matrix.operations(model, range(8), range(3), training=training)
-    assert products.operations == counted["linear"] + counted["head"]
+    # One product with keys and values, so the last layer's queries are of all nodes.
+    query = model.base_model.model.model.layers[-1].self_attn.q_proj.base_layer.weight.numel()
+    needless = 2 * 5 * query * (2 if training else 1)
+    assert products.operations == counted["linear"] + counted["head"] + needless
     # How fast is a benchmark's matter: a machine that does much else may be very slow.
     assert len(seconds) == 2
     assert all(second > 0 for second in seconds)
+
+
+def test_the_products_alone_are_by_the_copies_that_a_step_uses(monkeypatch):
+    calls = []
+    for name in ("product", "back"):
+        monkeypatch.setattr(packed.Packed, name, lambda *args, name=name: calls.append(name))
+    if not packed.available(torch.float32):
+        pytest.skip("no copies of weights are kept on this machine")
+    model = tiny.adapted("llama", "lora")
+    layers = len(model.base_model.model.model.layers)
+    matrix.Products(model, nodes=8, logits=3, training=True).seconds()
+    # Nobody asks the first layer's q, k and v for the gradient of embeddings.
+    assert Counter(calls) == {"product": 4 * layers, "back": 4 * layers - 1}
 
 
 def test_the_rate_is_the_mean_of_the_time_that_products_took():

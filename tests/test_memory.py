@@ -229,7 +229,7 @@ def _adapters(drawn, nodes, read):
     """
     total = 0
     for number, layer in enumerate(drawn.base.model.layers):
-        for place, group in enumerate(decoder_layer._by_input(layer)):
+        for place, group in enumerate(decoder_layer.by_input(layer)):
             adapted = [part for part in group if hasattr(part, "lora_A")]
             rank = sum(part.r["default"] for part in adapted)
             inputs, outputs = group[0].in_features, sum(part.out_features for part in group)

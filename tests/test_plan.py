@@ -7,9 +7,9 @@ import program
 import pytest
 from program import FIXTURES
 
+from llm_emo import decoder_layer, recipes, tables
 from llm_emo import plan as planning
 from llm_emo import planner as planner_module
-from llm_emo import recipes, tables
 from llm_emo.encoding import Encoder
 from llm_emo.errors import RecipeError, RunError
 from llm_emo.experiment import Experiment, dialogues_of
@@ -302,3 +302,22 @@ def test_every_shipped_recipe_can_be_planned(name, shared_data: Path):
         pytest.skip("IEMOCAP is licensed; its fixture is planned elsewhere")
     planner = on_gpu(Experiment.prepare(recipe, shared_data), 24 * GIB)
     assert planner.fits(planner.own)
+
+
+@pytest.mark.parametrize(("recipe", "copies"), [("mastodon/lora", 2), ("mastodon/zero_shot", 1)])
+def test_copies_of_weights_are_counted_where_there_are_any(
+    recipe, copies, tiny_folder, monkeypatch
+):
+    given = experiment(tiny_folder, "model.dtype=float32", recipe=recipe)
+    fixed = []
+    for kept in (True, False):
+        monkeypatch.setattr(decoder_layer, "worthwhile", lambda size, kept=kept: kept)
+        monkeypatch.setattr(decoder_layer, "available", lambda dtype: True)
+        place = Place("cpu", GIB, "this machine's memory", here=True)
+        fixed.append(Planner(given, place).own.fixed)
+    drawing = Planner(given, place).drawing("none")
+    layers = drawing.base.get_decoder().layers.parameters()
+    matrices = [p for p in layers if p.ndim == 2 and not p.requires_grad]
+    assert fixed[0] - fixed[1] == copies * sum(p.nbytes for p in matrices) > 0
+    monkeypatch.setattr(decoder_layer, "worthwhile", lambda size: True)
+    assert on_gpu(given, GIB).own.fixed == fixed[1]

@@ -13,8 +13,9 @@ Letters: N nodes, T nodes with logits.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
@@ -116,12 +117,58 @@ def pairs_in(depths: Sequence[int], prefix: int = 0) -> int:
     return sum(depth + 1 + prefix for depth in depths)
 
 
+def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
+    """Yield the frozen products of a pass in their order, each with what holds its weight.
+
+    Layers that read one input are one product where this program computes them as one: a
+    `projections.Group`. Of all others the holder is the layer itself, beside which no copy is kept.
+    """
+    from llm_emo import decoder_layer
+
+    layers, head = linears(model)
+    modules = dict(model.named_modules())
+    single = {id(modules[layer.name]): layer for layer in layers}
+    joined: dict[int, tuple[Linear, Any] | None] = {}
+    for decoder in decoder_layer.written_out(model):
+        kept = getattr(decoder.forward, "keywords", {}).get("packed")
+        if kept is None:
+            continue
+        inputs = decoder_layer.by_input(decoder)
+        for members, group in zip(inputs, decoder_layer.groups_of(decoder, kept), strict=True):
+            parts = [single[id(member)] for member in members]
+            one = replace(
+                parts[0],
+                outputs=sum(part.outputs for part in parts),
+                last=all(part.last for part in parts),
+            )
+            joined |= {id(member): None for member in members} | {id(members[0]): (one, group)}
+    for layer in layers:
+        module = modules[layer.name]
+        found = joined.get(id(module), (layer, _Alone(getattr(module, "base_layer", module))))
+        if found:
+            yield found
+    yield head, _Alone(head_of(model))
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A layer that is a product of its own."""
+
+    module: Any
+    packed: None = None
+
+    @property
+    def weight(self) -> Any:
+        return self.module.weight
+
+
 class Products:
     """The matrix products of a pass and nothing else, to be timed beside it.
 
-    All frozen linear layers in their order, each with its own weights (so that they come from
-    memory as they do in a step), over as many rows as there are nodes that need them; the head over
-    those with logits; in training all of them backward to their inputs too.
+    All frozen linear layers in their order, as this program multiplies them: those that read one
+    input as one, by copies of weights where it keeps them, each with its own weights (so that they
+    come from memory as they do in a step); over as many rows as there are nodes that need them; the
+    head over those with logits; in training all of them backward to their inputs too.
 
     Args:
         model: The adapted model, or a bare one.
@@ -132,28 +179,35 @@ class Products:
 
     def __init__(self, model: Any, *, nodes: int, logits: int, training: bool) -> None:
         import torch
+        from torch.nn.functional import linear as multiplied
 
-        layers, head = linears(model)
-        modules = dict(model.named_modules())
         self.sizes = {"nodes": nodes, "logits": max(logits, 1)}
-        self._forward: list[tuple[Any, Any]] = []
-        self._backward: list[tuple[Any, Any]] = []
         self.operations = 0.0
+        self._calls: list[Callable[[], Any]] = []
+        behind: list[Callable[[], Any]] = []
         ready: dict[tuple[int, int], Any] = {}
-        for layer in (*layers, head):
-            module = head_of(model) if layer is head else modules[layer.name]
-            linear = getattr(module, "base_layer", module)
+        for layer, group in products_of(model):
             rows = self.sizes["logits" if layer.last else "nodes"]
             for size in (layer.inputs, layer.outputs):
                 if (rows, size) not in ready:
+                    like = group.weight
                     ready[rows, size] = torch.randn(
-                        rows, size, dtype=linear.weight.dtype, device=linear.weight.device
+                        rows, size, dtype=like.dtype, device=like.device
                     )
-            wanted = training and not layer.first
-            self._forward.append((ready[rows, layer.inputs], linear))
-            if wanted:
-                self._backward.append((ready[rows, layer.outputs], linear))
-            self.operations += 2.0 * rows * layer.products * (1 + wanted)
+            x, grad = ready[rows, layer.inputs], ready[rows, layer.outputs]
+            if group.packed is None:
+                # A step may move a weight to other memory, so it is looked up each time.
+                self._calls.append(lambda x=x, group=group: multiplied(x, group.weight))
+                back = lambda grad=grad, group=group: grad @ group.weight  # noqa: E731
+            else:
+                self._calls.append(partial(group.packed.product, x, group.weight, None))
+                back = partial(group.packed.back, grad, group.weight)
+            if training and not layer.first:
+                behind.append(back)
+            self.operations += (
+                2.0 * rows * layer.products * (2 if training and not layer.first else 1)
+            )
+        self._calls += behind
 
     def seconds(self) -> float:
         """Compute them once, and return the time that it took."""
@@ -164,11 +218,8 @@ class Products:
         with torch.inference_mode():
             synchronise()
             started = time.perf_counter()
-            # A step may move a weight to other memory, so it is looked up each time.
-            for states, linear in self._forward:
-                torch.nn.functional.linear(states, linear.weight)
-            for gradients, linear in self._backward:
-                gradients @ linear.weight
+            for call in self._calls:
+                call()
             synchronise()
             return time.perf_counter() - started
 
