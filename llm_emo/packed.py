@@ -93,7 +93,7 @@ class Packed:
     def back(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return g W of g, shape (N, out)."""
         if self._backward is None:
-            self._backward = _laid_out(weight.T.contiguous())
+            self._backward = _laid_out(weight.T)
         return _multiplied(grad, self._backward, None)
 
 

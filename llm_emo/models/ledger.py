@@ -125,7 +125,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
+            # Copies of weights (`packed`) have no storage; they are no part of a pass.
+            if (
+                isinstance(leaf, Tensor)
+                and leaf.device.type == self.device
+                and leaf.layout == torch.strided
+            ):
                 self.note(leaf)
         alive = self.live + _inside(func, args)
         if alive > self.peak:
