@@ -3,12 +3,14 @@
 oneDNN, which torch multiplies by on a CPU, brings every weight into blocks that fill a processor's
 registers before it multiplies, at every product anew. A frozen weight never changes, so its blocks
 can be kept: one copy for x W^T and, where there is training, one for g W. In bfloat16 the result
-is the same to the bit; in float32, which torch multiplies by another library, to rounding.
+is the same to the bit where the processor multiplies bfloat16 itself; elsewhere, and in float32,
+which torch multiplies by another library, it is the same to rounding.
 
 The operations are those that torch's own compiler uses for frozen models ("mkldnn" in
 https://github.com/pytorch/pytorch/blob/main/torch/_inductor/fx_passes/mkldnn_fusion.py). Where they
 are missing, or copies would be a large part of the memory, products read the weights as they are;
-`LLM_EMO_PACKED=0` asks for that.
+`LLM_EMO_PACKED=0` asks for that. So they do on processors of another make than x86, on which
+nobody has measured.
 
 Letters: N nodes.
 """
@@ -25,8 +27,8 @@ from llm_emo import machine
 MEMORY = 1 / 8
 """Of the machine's memory: what copies may take, with those for training."""
 
-LOOKED_AT = 256
-"""How many numbers of a weight are compared to see that it is the same still."""
+LOOKED_AT = 128
+"""About how many numbers of a weight are compared to see that nobody wrote into it."""
 
 _ROWS = 512
 """What oneDNN is told of N; its choice did not depend on it from 32 to 2048."""
@@ -49,15 +51,18 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def worthwhile(size: int) -> bool:
-    """Whether copies of weights of so many bytes, two of each, leave memory for the rest."""
+    """Whether copies of weights of so many bytes, two of each, leave memory for the rest.
+
+    Every process of a job keeps its own.
+    """
     found = machine.memory()
-    return found is not None and 2 * size <= MEMORY * found
+    return found is not None and 2 * size * machine.processes().num_processes <= MEMORY * found
 
 
 class Packed:
     """The copies of one weight, each made when it is first needed.
 
-    Without a weight it is a copy of nothing, as is what a copy or a pickle of it begins with.
+    What is copied or pickled of it is empty again.
     """
 
     def __init__(self) -> None:
@@ -70,31 +75,36 @@ class Packed:
         return Packed, ()
 
     def of(self, weight: Tensor) -> "Packed | None":
-        """Return this for `weight`, without the copies of another; None where none can be had."""
+        """Return this for `weight`, without copies of what that was before; None: have none."""
         if weight.device.type != "cpu" or not weight.is_contiguous() or not available(weight.dtype):
+            self._forward = self._backward = None
             return None
-        # Merging an adapter writes into a weight that stays where it is, unseen by autograd.
-        numbers = weight.detach().view(-1)[:: max(1, weight.numel() // LOOKED_AT)]
+        # Merging an adapter writes into a weight that stays where it is, unseen by autograd. An odd
+        # step comes by all columns.
+        step = weight.numel() // LOOKED_AT | 1
+        numbers = weight.detach().view(-1)[::step]
         if (
             self._numbers is None
             or self._place != weight.data_ptr()
             or not torch.equal(self._numbers, numbers)
         ):
-            self._numbers, self._place = numbers.clone(), weight.data_ptr()
             self._forward = self._backward = None
+            self._numbers, self._place = numbers.clone(), weight.data_ptr()
         return self
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias of x, shape (N, in), and of the weight that `of` was given."""
-        if self._forward is None:
-            self._forward = _laid_out(weight)
-        return _multiplied(x, self._forward, bias)
+        laid_out = self._forward
+        if laid_out is None:
+            laid_out = self._forward = _laid_out(weight)
+        return _multiplied(x, laid_out, bias)
 
     def back(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return g W of g, shape (N, out)."""
-        if self._backward is None:
-            self._backward = _laid_out(weight.T)
-        return _multiplied(grad, self._backward, None)
+        laid_out = self._backward
+        if laid_out is None:
+            laid_out = self._backward = _laid_out(weight.T)
+        return _multiplied(grad, laid_out, None)
 
 
 def _laid_out(weight: Tensor) -> Tensor:

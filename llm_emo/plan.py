@@ -142,7 +142,7 @@ def _memory(planner: Planner, choice: Choice) -> dict[str, Any]:
     activations = min(highest.saved, highest.peak - highest.peak_logits)
     parts = {
         "weights": drawing.weights,
-        "copies": planner.copies(drawing),
+        "copies": planner.copies(drawing, choice.checkpointing),
         "adapter": drawing.adapter,
         "optimizer": drawing.optimizer,
         "activations": activations,

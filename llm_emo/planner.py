@@ -324,7 +324,10 @@ class Planner:
             tokens_per_pass=tokens_per_pass,
             training=training,
             evaluation=evaluation,
-            fixed=drawing.weights + drawing.adapter + drawing.optimizer + self.copies(drawing),
+            fixed=drawing.weights
+            + drawing.adapter
+            + drawing.optimizer
+            + self.copies(drawing, checkpointing),
             # On a GPU, AdamW's step takes all parameters at once, and so do its intermediates.
             stepping=drawing.trainable * (2 if self.place.kind == "cuda" else 1),
             allowance=self.place.allowance(peaks),
@@ -332,11 +335,16 @@ class Planner:
             streamed=streams * drawing.multiplied * self._bytes_per_weight(quantization),
         )
 
-    def copies(self, drawing: meta.Drawing) -> int:
-        """Return the bytes of copies of weights that products read faster."""
+    def copies(self, drawing: meta.Drawing, checkpointing: bool) -> int:
+        """Return the bytes of copies of weights (see `packed`).
+
+        One for evaluations; one for training too, where layers are written out then.
+        """
         if self.place.kind != "cpu":
             return 0
-        return packed_bytes(drawing.model) * (1 if self.recipe.train is None else 2)
+        dropout = getattr(self.recipe.method, "dropout", 0.0)
+        trains = self.recipe.train is not None and not checkpointing and not dropout
+        return packed_bytes(drawing.model) * (2 if trains else 1)
 
     def _bytes_per_weight(self, quantization: str) -> float:
         """Return the bytes that are moved to multiply with a weight once."""

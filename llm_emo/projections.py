@@ -142,14 +142,25 @@ def joined(
     return made
 
 
+def product(x: Tensor, group: Group) -> Tensor:
+    """Return all frozen projections of `x`, side by side."""
+    if group.packed is None:
+        return nn.functional.linear(x, group.weight, group.bias)
+    return group.packed.product(x, group.weight, group.bias)
+
+
+def back(grad: Tensor, group: Group) -> Tensor:
+    """Return the gradient of the input of frozen projections."""
+    if group.packed is None:
+        return grad @ group.weight
+    return group.packed.back(grad, group.weight)
+
+
 def project(
     x: Tensor, group: Group, pair: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
-    if group.packed is None:
-        out = nn.functional.linear(x, group.weight, group.bias)
-    else:
-        out = group.packed.product(x, group.weight, group.bias)
+    out = product(x, group)
     if pair is None:
         return out, None
     low = x @ pair[0].T  # (N, R)
@@ -158,8 +169,7 @@ def project(
 
 def unproject(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of the input, and those of the adapters, A and B in turn."""
-    packed = group.packed
-    dx = grad @ group.weight if packed is None else packed.back(grad, group.weight)
+    dx = back(grad, group)
     dlow, found = learned(grad, group, kept)
     if dlow is not None and (a := kept[2]) is not None:
         dx.addmm_(dlow, a)

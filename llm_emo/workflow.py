@@ -224,7 +224,7 @@ def _prepare_llm(experiment: Experiment, settings: recipes.Train) -> Job:
         {
             "dtype": base.dtype,
             "native": native.serves(base.model.get_input_embeddings().weight),
-            "packed": packed_bytes(model) > 0,
+            "packed": base.model.device.type == "cpu" and packed_bytes(model) > 0,
             "shortened_texts": shortened,
         },
     )

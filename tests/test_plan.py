@@ -304,11 +304,19 @@ def test_every_shipped_recipe_can_be_planned(name, shared_data: Path):
     assert planner.fits(planner.own)
 
 
-@pytest.mark.parametrize(("recipe", "copies"), [("mastodon/lora", 2), ("mastodon/zero_shot", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "options", "copies"),
+    [
+        ("mastodon/lora", (), 2),
+        ("mastodon/lora", ("train.gradient_checkpointing=true",), 1),
+        ("mastodon/lora", ("method.dropout=0.1",), 1),
+        ("mastodon/zero_shot", (), 1),
+    ],
+)
 def test_copies_of_weights_are_counted_where_there_are_any(
-    recipe, copies, tiny_folder, monkeypatch
+    recipe, options, copies, tiny_folder, monkeypatch
 ):
-    given = experiment(tiny_folder, "model.dtype=float32", recipe=recipe)
+    given = experiment(tiny_folder, "model.dtype=float32", *options, recipe=recipe)
     fixed = []
     for kept in (True, False):
         monkeypatch.setattr(decoder_layer, "worthwhile", lambda size, kept=kept: kept)

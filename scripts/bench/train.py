@@ -202,6 +202,8 @@ def kind_of(
         vocabulary: The head's outputs.
         ranks: A side of every product of an adapter.
     """
+    if name == "mkldnn::_linear_pointwise":  # by a copy of a frozen weight
+        return "products of frozen layers", 2.0 * math.prod(shapes[0]) * shapes[1][0]
     short = name.removeprefix("aten::").rstrip("_")
     if short not in ("mm", "addmm", "bmm", "baddbmm"):
         return "all else", 0.0

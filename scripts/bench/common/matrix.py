@@ -118,22 +118,37 @@ def pairs_in(depths: Sequence[int], prefix: int = 0) -> int:
 
 
 def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
-    """Yield the frozen products of a pass in their order, each with what holds its weight.
+    """Yield the frozen products of a pass in their order, each with its `projections.Group`.
 
-    Layers that read one input are one product where this program computes them as one: a
-    `projections.Group`. Of all others the holder is the layer itself, beside which no copy is kept.
+    Layers that read one input are one product where this program computes them as one.
     """
-    from llm_emo import decoder_layer
+    import torch
+
+    from llm_emo import decoder_layer, projections
+
+    def alone(layer: Linear, module: Any) -> tuple[Linear, Any]:
+        weight = getattr(module, "base_layer", module).weight.detach()
+        # Quantised ones are written out at every product.
+        if weight.shape != (layer.outputs, layer.inputs) or not weight.is_floating_point():
+            weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=weight.device)
+        return layer, projections.Group(
+            weight, None, (layer.outputs,), (0,), 1.0, weight.dtype, packed=None
+        )
 
     layers, head = linears(model)
+    dtype = head_of(model).weight.dtype
     modules = dict(model.named_modules())
     single = {id(modules[layer.name]): layer for layer in layers}
     joined: dict[int, tuple[Linear, Any] | None] = {}
     for decoder in decoder_layer.written_out(model):
         kept = getattr(decoder.forward, "keywords", {}).get("packed")
-        if kept is None:
-            continue
         inputs = decoder_layer.by_input(decoder)
+        if kept is None or not all(
+            projections.are_one(members)
+            and projections.base_of(members[0]).weight.device.type == "cpu"
+            for members in inputs
+        ):
+            continue
         for members, group in zip(inputs, decoder_layer.groups_of(decoder, kept), strict=True):
             parts = [single[id(member)] for member in members]
             one = replace(
@@ -144,22 +159,10 @@ def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
             joined |= {id(member): None for member in members} | {id(members[0]): (one, group)}
     for layer in layers:
         module = modules[layer.name]
-        found = joined.get(id(module), (layer, _Alone(getattr(module, "base_layer", module))))
+        found = joined[id(module)] if id(module) in joined else alone(layer, module)
         if found:
             yield found
-    yield head, _Alone(head_of(model))
-
-
-@dataclass(frozen=True)
-class _Alone:
-    """A layer that is a product of its own."""
-
-    module: Any
-    packed: None = None
-
-    @property
-    def weight(self) -> Any:
-        return self.module.weight
+    yield alone(head, head_of(model))
 
 
 class Products:
@@ -179,34 +182,28 @@ class Products:
 
     def __init__(self, model: Any, *, nodes: int, logits: int, training: bool) -> None:
         import torch
-        from torch.nn.functional import linear as multiplied
+
+        from llm_emo import projections
 
         self.sizes = {"nodes": nodes, "logits": max(logits, 1)}
         self.operations = 0.0
         self._calls: list[Callable[[], Any]] = []
         behind: list[Callable[[], Any]] = []
-        ready: dict[tuple[int, int], Any] = {}
+        ready: dict[tuple[int, int, Any], Any] = {}
         for layer, group in products_of(model):
-            rows = self.sizes["logits" if layer.last else "nodes"]
+            rows, like = self.sizes["logits" if layer.last else "nodes"], group.weight
             for size in (layer.inputs, layer.outputs):
-                if (rows, size) not in ready:
-                    like = group.weight
-                    ready[rows, size] = torch.randn(
+                if (rows, size, like.dtype) not in ready:
+                    ready[rows, size, like.dtype] = torch.randn(
                         rows, size, dtype=like.dtype, device=like.device
                     )
-            x, grad = ready[rows, layer.inputs], ready[rows, layer.outputs]
-            if group.packed is None:
-                # A step may move a weight to other memory, so it is looked up each time.
-                self._calls.append(lambda x=x, group=group: multiplied(x, group.weight))
-                back = lambda grad=grad, group=group: grad @ group.weight  # noqa: E731
-            else:
-                self._calls.append(partial(group.packed.product, x, group.weight, None))
-                back = partial(group.packed.back, grad, group.weight)
-            if training and not layer.first:
-                behind.append(back)
-            self.operations += (
-                2.0 * rows * layer.products * (2 if training and not layer.first else 1)
+            states, gradients = (
+                ready[rows, size, like.dtype] for size in (layer.inputs, layer.outputs)
             )
+            self._calls.append(partial(projections.product, states, group))
+            if training and not layer.first:
+                behind.append(partial(projections.back, gradients, group))
+            self.operations += 2.0 * rows * layer.products * (1 + (training and not layer.first))
         self._calls += behind
 
     def seconds(self) -> float:
