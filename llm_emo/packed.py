@@ -79,8 +79,8 @@ class Packed:
         if weight.device.type != "cpu" or not weight.is_contiguous() or not available(weight.dtype):
             self._forward = self._backward = None
             return None
-        # Merging an adapter writes into a weight that stays where it is, unseen by autograd. An odd
-        # step comes by all columns.
+        # Merging an adapter writes into a weight that stays where it is, unseen by autograd. By an
+        # even step the same few columns would be looked at.
         step = weight.numel() // LOOKED_AT | 1
         numbers = weight.detach().view(-1)[::step]
         if (
