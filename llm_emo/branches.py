@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_emo import native_attention
+
 SHARE = 0.7
 """Of the dense scores: a cut that costs more is not worth its gathering."""
 
@@ -113,6 +115,23 @@ class Branches:
             unseen = self.rows[:, :1].expand(-1, self._filling(prefix))  # any node
             kept[prefix] = torch.cat([trunk, self.rows, unseen], 1)
         return kept[prefix]
+
+    def compiled(self, groups: int, nodes: Tensor, before: Tensor) -> native_attention.Pieces:
+        """Return what compiled loops read of this; see `forward` for the arguments."""
+        (rows, each), (_, length, size) = self.rows.shape, before.shape
+        kept: dict[tuple[int, ...], native_attention.Pieces] = self.__dict__.setdefault(
+            "_compiled", {}
+        )
+        key = (length, groups, nodes.shape[1], size)
+        if key not in kept:
+            columns, bias = self.columns(length), self.bias(length, nodes.dtype)
+            parts = (columns, self.rows, self.place, bias, self.trunk)
+            kept[key] = native_attention.Pieces(
+                *(part.data_ptr() for part in parts),
+                rows, each, length, length + len(self.trunk), bias.shape[-1],
+                groups, nodes.shape[1] // groups // size, size,
+            )  # fmt: skip
+        return kept[key]
 
     def _filling(self, prefix: int) -> int:
         return -(prefix + len(self.trunk) + self.rows.shape[1]) % COLUMNS
@@ -215,13 +234,15 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         out, saved = forward(nodes, both, before, branches, scale)
         ctx.save_for_backward(*saved)
+        ctx.queries = nodes.shape[1]
         ctx.branches, ctx.scale = branches, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad, ctx.saved_tensors, ctx.branches, ctx.scale), None, None
+        dnodes, dbefore = backward(grad, ctx.saved_tensors, ctx.branches, ctx.scale)
+        return *dnodes.tensor_split([ctx.queries], 1), dbefore, None, None
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -245,6 +266,11 @@ def forward(
     """
     (rows, each), (parts, length, size) = branches.rows.shape, before.shape
     groups = parts // 2
+    if native_attention.attends(nodes, both, before):
+        before = before.contiguous()
+        pieces = branches.compiled(groups, nodes, before)
+        out, shares = native_attention.attend(nodes, both, before, pieces, scale)
+        return out, (nodes, both, shares, before)
     q = _grouped(nodes.index_select(0, branches.rows.flatten()), groups)
     q = q.view(groups * rows, -1, size).mul_(scale)  # (G*R, W*F, D)
     own = both.index_select(0, branches.columns(length).flatten()).view(rows, -1, parts, size)
@@ -257,11 +283,15 @@ def forward(
     return _ungrouped(shares @ kv[1], branches, groups), (q, kv, shares, before)
 
 
-def backward(
-    grad: Tensor, saved: Saved, branches: Branches, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `nodes`, `both` and `before`; `grad` has shape (N, H*D)."""
+def backward(grad: Tensor, saved: Saved, branches: Branches, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `nodes` and `both`, side by side, and of `before`.
+
+    `grad` has shape (N, H*D).
+    """
     q, kv, shares, before = saved
+    if native_attention.attends(q, kv, before):
+        pieces = branches.compiled(len(before) // 2, q, before)
+        return native_attention.attend_backward(grad, shares, q, kv, before, pieces, scale)
     (rows, each), (parts, length, size) = branches.rows.shape, before.shape
     groups, above = parts // 2, length + len(branches.trunk)
     # A place that no node fills gets no gradient.
@@ -278,7 +308,7 @@ def backward(
     drow = dkv[:, :, above : above + each].permute(1, 2, 0, 3).flatten(0, 1)  # (M, 2G, D)
     dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
     dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
-    return dnodes, dboth.flatten(1), dup[:, :length]
+    return torch.cat([dnodes, dboth.flatten(1)], 1), dup[:, :length]
 
 
 def _grouped(nodes: Tensor, groups: int) -> Tensor:

@@ -42,7 +42,6 @@ from llm_emo.projections import (
     are_one,
     base_of,
     group_of,
-    joined,
     learned,
     project,
     stacked,
@@ -195,12 +194,14 @@ def by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, prefix: Tensor, what: _Pass, *adapters: Tensor) -> Tensor:
-        pairs = joined(what.inputs, adapters, x.dtype)
+        rest = iter(adapters)
+        own = [[next(rest) for rank in group.ranks if rank for _ in "AB"] for group in what.inputs]
+        through = partial(project, learning=what.learning)
         qkv, o, gate_up, down = what.inputs
         groups, turning = prefix.shape[2], sum(qkv.sizes[:2])
 
         first, first_scale = normed(x, *what.norms[0])
-        heads, qkv_low = project(first, qkv, pairs[0])
+        heads, qkv_kept = through(first, qkv, own[0])
         rotate(heads[:, :turning], what.cos, what.sin)
         q, both = heads[:, : qkv.sizes[0]], heads[:, qkv.sizes[0] :]
         before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
@@ -212,32 +213,24 @@ class _Layer(torch.autograd.Function):
             del saved, first
         if what.read is not None:
             attended = attended.index_select(0, what.read)  # (T, H*D)
-        middle, o_low = project(attended, o, pairs[1])
+        middle, o_kept = through(attended, o, own[1])
         middle.add_(x if what.read is None else x.index_select(0, what.read))
 
         second, second_scale = normed(middle, *what.norms[1])
-        opening, gate_up_low = project(second, gate_up, pairs[2])  # gate, up
-        product = gated(opening)
-        out, down_low = project(product, down, pairs[3])
+        opening, gate_up_kept = through(second, gate_up, own[2])  # gate, up
+        out, down_kept = through(gated(opening), down, own[3])
         out.add_(middle)
 
         if what.read is not None:
             out = torch.zeros_like(x).index_copy_(0, what.read, out)
         if not what.learning:
             return out
-        # An input is kept for the gradients of the adapters that read it only.
-        kept = [
-            (None,) * 4 if pair is None else (part, low, *pair)
-            for part, low, pair in zip(
-                (first, attended, second, product), (qkv_low, o_low, gate_up_low, down_low),
-                pairs, strict=True,
-            )
-        ]  # fmt: skip
+        kept = (qkv_kept, o_kept, gate_up_kept, down_kept)
         ctx.save_for_backward(
             x, first_scale, middle, second_scale, opening, *saved,
             *(part for group in kept for part in group),
         )  # fmt: skip
-        ctx.what = what
+        ctx.what, ctx.kept = what, [len(group) for group in kept]
         return out
 
     @staticmethod
@@ -245,7 +238,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         what: _Pass = ctx.what
         x, first_scale, middle, second_scale, opening, *rest = ctx.saved_tensors
-        saved, kept = rest[:4], [rest[at : at + 4] for at in range(4, len(rest), 4)]
+        saved, parts = rest[:4], iter(rest[4:])
+        kept = [tuple(next(parts) for _ in range(length)) for length in ctx.kept]
         qkv, o, gate_up, down = zip(what.inputs, kept, strict=True)
         found: list[list[Tensor]] = [[], [], [], []]
         if what.read is not None:
@@ -260,10 +254,9 @@ class _Layer(torch.autograd.Function):
             dattended = dattended.new_zeros(len(x), dattended.shape[1]).index_copy_(
                 0, what.read, dattended
             )
-        dq, dboth, before = pieces.backward(
+        heads, before = pieces.backward(
             dattended, (saved[0], saved[1], saved[2], saved[3]), what.branches, what.attention_scale
         )
-        heads = torch.cat([dq, dboth], 1)
         rotate(heads[:, : sum(qkv[0].sizes[:2])], what.cos, what.sin, back=True)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -273,7 +266,7 @@ class _Layer(torch.autograd.Function):
             if what.read is not None:
                 dx.index_add_(0, what.read, dmiddle)
         else:  # the first layer reads frozen embeddings
-            _, found[0] = learned(heads, *qkv)
+            found[0] = learned(heads, *qkv)
 
         dprefix = before.view(2, len(before) // 2, *before.shape[1:]).permute(2, 0, 1, 3)
         return dx, dprefix, None, *(part for group in found for part in group)

@@ -9,7 +9,8 @@ matrix products. Two layers cost most of what can be saved without touching an a
   to an output in bfloat16, which no vector unit does at speed. Here the adapter's matrices, which
   learn in float32, are rounded to the input's dtype for the products, as autocast does.
 
-In float32 both are what they replace, to rounding.
+In float32 both are what they replace, to rounding. Where there are compiled loops (`native.py`),
+they do the same.
 """
 
 from functools import partial

@@ -1,5 +1,6 @@
 """The machine that a job runs on: its processes, its terminal, its disk."""
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -8,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +28,24 @@ def processes() -> PartialState:
     Without a GPU they talk through gloo; accelerate would take each for a job of its own unless
     told that there is none.
     """
+    _leave_at_exit()
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Let the process take leave of the others when it ends.
+
+    Else threads of gloo's may still run while the interpreter is taken down, and abort a process
+    whose work is done. NCCL is left alone: after a failure it would wait for the others.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def say(text: str) -> None:

@@ -1,8 +1,9 @@
 """Frozen linear layers that read one input as one product, with their LoRA adapters side by side.
 
-The weights are laid next to one another in memory. Of the adapters, the A's stand below one another
-and the B's are blocks of a matrix that is zero elsewhere; that costs some operations and spares
-narrow products, which run far below a machine's rate.
+The weights are laid next to one another in memory. The adapters' products are narrow ones, which
+libraries run far below a machine's rate; on a CPU they are compiled loops (`native_lora.py`).
+Elsewhere the A's stand below one another and the B's are blocks of a matrix that is zero elsewhere:
+that costs some operations and spares products.
 
 Letters: N nodes, R the sum of the adapters' ranks.
 """
@@ -15,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from llm_emo import native, native_lora
 from llm_emo.lean import plain
 from llm_emo.packed import Packed
 
@@ -36,6 +38,8 @@ class Group:
     """What LoRA's matrices learn in."""
     packed: Packed | None
     """Copies of the weight that products read faster."""
+    compiled: bool
+    """Whether LoRA's products are compiled loops."""
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -70,14 +74,20 @@ def group_of(layers: Sequence[Any], packed: Packed | None) -> Group:
     weight = stacked(bases)
     biases = [base.bias for base in bases]
     adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    sizes = tuple(len(base.weight) for base in bases)
+    ranks = tuple(layer.r["default"] if layer in adapted else 0 for layer in layers)
+    dtype = adapted[0].lora_A["default"].weight.dtype if adapted else weight.dtype
     return Group(
         weight,
         biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
-        tuple(len(base.weight) for base in bases),
-        tuple(layer.r["default"] if layer in adapted else 0 for layer in layers),
+        sizes,
+        ranks,
         adapted[0].scaling["default"] if adapted else 1.0,
-        adapted[0].lora_A["default"].weight.dtype if adapted else weight.dtype,
+        dtype,
         None if packed is None else packed.of(weight),
+        dtype == torch.float32
+        and native.serves(weight)
+        and native_lora.are_whole(ranks, (*sizes, weight.shape[1])),
     )
 
 
@@ -109,39 +119,6 @@ def stacked(layers: Sequence[Any]) -> Tensor:
     return stack
 
 
-Kept = Sequence[Tensor | None]
-"""Of a group with LoRA: its input, (N, in); that in the adapters' ranks, (N, R); A and B as
-`joined` returns them. Of one without: None."""
-
-
-def joined(
-    groups: Sequence[Group], adapters: Sequence[Tensor], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor] | None]:
-    """Put the adapters, A and B in turn, of each group side by side, in the dtype of a pass.
-
-    Returns A, shape (R, in), R the sum of ranks, and B, shape (out, R): each projection's where its
-    outputs meet its ranks, times the scale, else zero.
-    """
-    rest = iter(adapters)
-    made: list[tuple[Tensor, Tensor] | None] = []
-    for group in groups:
-        pairs = [(next(rest), next(rest)) if rank else None for rank in group.ranks]
-        own = [pair for pair in pairs if pair]
-        if not own:
-            made.append(None)
-            continue
-        blocks = [
-            own[0][1].new_empty(size, 0) if pair is None else pair[1]
-            for pair, size in zip(pairs, group.sizes, strict=True)
-        ]
-        a, b = own[0][0], blocks[0]
-        if len(group.sizes) > 1:
-            a = torch.cat([pair[0] for pair in own])
-            b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-        made.append((a.to(dtype), (b * group.scale).to(dtype)))
-    return made
-
-
 def product(x: Tensor, group: Group) -> Tensor:
     """Return all frozen projections of `x`, side by side."""
     if group.packed is None:
@@ -156,32 +133,67 @@ def back(grad: Tensor, group: Group) -> Tensor:
     return group.packed.back(grad, group.weight)
 
 
+Kept = tuple[Tensor, ...]
+"""What the gradients of a group's adapters need: its input, (N, in), and that in the adapters'
+ranks, (N, R); then A and B, as products read them. Of a group without: nothing."""
+
+
 def project(
-    x: Tensor, group: Group, pair: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return all projections of `x`, side by side, and what it is in the adapters' ranks."""
+    x: Tensor, group: Group, adapters: Sequence[Tensor], *, learning: bool
+) -> tuple[Tensor, Kept]:
+    """Return all projections of `x`, side by side, and what is kept while they learn.
+
+    `adapters` are A and B of each that has a LoRA, in turn.
+    """
     out = product(x, group)
-    if pair is None:
-        return out, None
-    low = x @ pair[0].T  # (N, R)
-    return out.addmm_(low, pair[1].T), low
+    if not adapters:
+        return out, ()
+    if group.compiled:
+        low = native_lora.lora(x, out, group.sizes, group.ranks, adapters, group.scale)
+    else:
+        adapters = _joined(group, adapters, x.dtype)
+        low = x @ adapters[0].T  # (N, R)
+        out.addmm_(low, adapters[1].T)
+    return out, (x, low, *adapters) if learning else ()
+
+
+def _joined(group: Group, adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Put adapters, A and B in turn, side by side, in the dtype of a pass.
+
+    Returns A, shape (R, in), R the sum of ranks, and B, shape (out, R): each projection's where its
+    outputs meet its ranks, times the scale, else zero.
+    """
+    a, b = adapters[:2]
+    if len(group.sizes) > 1:
+        a = torch.cat([*adapters[::2]])
+        bs = iter(adapters[1::2])
+        blocks = [
+            next(bs) if rank else b.new_empty(size, 0)
+            for rank, size in zip(group.ranks, group.sizes, strict=True)
+        ]
+        b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return a.to(dtype), (b * group.scale).to(dtype)
 
 
 def unproject(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of the input, and those of the adapters, A and B in turn."""
     dx = back(grad, group)
-    dlow, found = learned(grad, group, kept)
-    if dlow is not None and (a := kept[2]) is not None:
-        dx.addmm_(dlow, a)
-    return dx, found
+    return dx, learned(grad, group, kept, dx)
 
 
-def learned(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradient of x A^T, shape (N, R), and those of A and B in turn."""
-    x, low, _, b = kept
-    if x is None or low is None or b is None:
-        return None, []
+def learned(grad: Tensor, group: Group, kept: Kept, dx: Tensor | None = None) -> list[Tensor]:
+    """Return the gradients of A and B in turn; add that of the input to `dx`."""
+    if not kept:
+        return []
+    x, low, *adapters = kept
+    if group.compiled:
+        return native_lora.lora_backward(
+            grad, x, low, group.sizes, group.ranks, adapters, group.scale, dx
+        )
+    a, b = adapters
     dlow = grad @ b
+    if dx is not None:
+        dx.addmm_(dlow, a)
     das = torch.split((dlow.T @ x).to(group.dtype), list(group.ranks))
     # Of B, only what is no zero for good.
     rows = torch.split(low.T @ grad, list(group.ranks))
@@ -192,4 +204,4 @@ def learned(grad: Tensor, group: Group, kept: Kept) -> tuple[Tensor | None, list
             db = row[:, start : start + size].T.to(group.dtype)
             found += [da, db.mul_(group.scale)]
         start += size
-    return dlow, found
+    return found

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_emo import attention, branches, training
+from llm_emo import attention, branches, native_attention, training
 from llm_emo.branches import Branches, attend, cheapest
 from llm_emo.trie import TokenTrie, TrieDecoder, begin, node_logits
 
@@ -33,10 +33,10 @@ def pieces(trie: TokenTrie, width: int) -> Branches:
     return Branches.cut(trie.exit, above, width)
 
 
-def drawn(trie: TokenTrie, prefix: int, seed: int = 0) -> list[torch.Tensor]:
+def drawn(trie: TokenTrie, prefix: int, seed: int = 0, width: int = WIDTH) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, heads, len(trie), WIDTH) for heads in (GROUPS * FOLD, GROUPS, GROUPS)]
-    shapes.append((prefix, 2, GROUPS, WIDTH))
+    shapes = [(1, heads, len(trie), width) for heads in (GROUPS * FOLD, GROUPS, GROUPS)]
+    shapes.append((prefix, 2, GROUPS, width))
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
@@ -50,12 +50,13 @@ def dense(query, key, value, prefix, trie):
     return out.transpose(1, 2)
 
 
+@pytest.mark.parametrize("size", [WIDTH, 32])  # torch's operations, and compiled loops
 @settings(deadline=None)
 @given(trie=tries, width=st.integers(1, 12), prefix=st.integers(0, 3))
-def test_every_cut_gives_the_dense_result_and_its_gradients(trie, width, prefix):
+def test_every_cut_gives_the_dense_result_and_its_gradients(size, trie, width, prefix):
     smallest = int((trie.exit - torch.arange(len(trie))).min())
     cut = pieces(trie, max(width, smallest))
-    inputs = drawn(trie, prefix)
+    inputs = drawn(trie, prefix, width=size)
     *parts, own = inputs
     found = attend(*parts, cut, own if prefix else None, 0.4)
     expected = dense(*inputs, trie)
@@ -68,6 +69,48 @@ def test_every_cut_gives_the_dense_result_and_its_gradients(trie, width, prefix)
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize("width", [10, 25])
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_loops_round_no_more_than_torch_s_operations(
+    dtype, size, width, prefix, threads, monkeypatch
+):
+    trie = batch(rows=30, shared=70)
+    cut = pieces(trie, width)
+    assert cut.bias(prefix, dtype).shape[-1] > 64
+    assert len(cut.rows) > 3
+    inputs = [part.detach().to(dtype) for part in drawn(trie, prefix, width=size)]
+    if not native_attention.attends(inputs[0], inputs[1], inputs[3]):
+        pytest.skip("nothing can be compiled here")
+    weights = torch.randn(1, len(trie), GROUPS * FOLD, size, dtype=dtype)
+
+    def everything(given, attending):
+        given = [part.clone().requires_grad_() for part in given]
+        out = attending(*given)
+        found = torch.autograd.grad((out * weights.to(out.dtype)).sum(), given)
+        return [part.double() for part in (out.detach(), *found) if part.numel()]
+
+    def ours(query, key, value, own):
+        return attend(query, key, value, cut, own, 0.4)
+
+    exact = everything([part.double() for part in inputs], lambda *given: dense(*given, trie))
+    found = everything(inputs, ours)
+    monkeypatch.setattr(native_attention, "attends", lambda *given: False)
+    usual = everything(inputs, ours)
+    assert len(found) == (5 if prefix else 4)
+    for one, other, right in zip(found, usual, exact, strict=True):
+        assert (one - right).norm() <= max(1.1 * (other - right).norm(), 1e-6 * right.norm())
 
 
 @settings(deadline=None)

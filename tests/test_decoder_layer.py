@@ -115,7 +115,7 @@ def test_in_bfloat16_a_layer_written_out_rounds_no_more_than_its_own_forward(
     written, compiled, monkeypatch
 ):
     if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda dtype: None)
     rows = tiny.encoded(9, shared=9)
     _, exact = learned(ours("llama"), rows)
     made = ours("llama", dtype=torch.bfloat16)
@@ -196,9 +196,9 @@ def test_the_last_layer_computes_the_states_that_are_read_and_no_others(monkeypa
     rows = []
     project = decoder_layer.project
 
-    def recorded(x, *arguments):
+    def recorded(x, *arguments, **keywords):
         rows.append(len(x))
-        return project(x, *arguments)
+        return project(x, *arguments, **keywords)
 
     monkeypatch.setattr(decoder_layer, "project", recorded)
     found = node_logits(made, trie, nodes)

@@ -1,5 +1,6 @@
 """The compiled loops against float32, and what happens where they cannot be compiled."""
 
+import contextlib
 import os
 import subprocess
 
@@ -7,12 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from llm_emo import errors, fetch, lean, native
+from llm_emo import errors, fetch, lean, native, native_lora
 
 SHAPES = [(1, 1), (3, 7), (5, 24), (70, 576), (2, 3, 24)]
 """The largest is shared by threads."""
-HALF = 2**-8
-"""Half a unit in bfloat16's last place, as a share."""
+HALF = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
+"""Half a unit in the last place, as a share; of float32, whose sums have another order, eight."""
+
+
+@pytest.fixture(params=HALF, ids=["bfloat16", "float32"])
+def dtype(request):
+    return request.param
 
 
 @pytest.fixture
@@ -21,9 +27,21 @@ def library():
         native._tools()
     except OSError as error:
         pytest.skip(f"nothing can be compiled here: {error}")
-    found = native.library()
-    assert found is not None, "native.c does not compile"
-    return found
+    for dtype in HALF:
+        assert native.library(dtype) is not None, f"the sources do not compile for {dtype}"
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """What runs inside has torch's operations only."""
+
+    @contextlib.contextmanager
+    def without():
+        with monkeypatch.context() as inside:
+            inside.setattr(native, "library", lambda dtype: None)
+            yield
+
+    return without
 
 
 @pytest.fixture
@@ -34,38 +52,44 @@ def fresh():
     native.library.cache_clear()
 
 
-def drawn(*shape, scale=1.0):
-    return (torch.randn(shape) * scale).bfloat16()
+def drawn(*shape, scale=1.0, dtype=torch.bfloat16):
+    return (torch.randn(shape) * scale).to(dtype)
 
 
-def close(found, exact):
+def close(found, exact, atol=1e-6):
     """Hold what is rounded once to half a unit; float32's own sums add a little."""
-    torch.testing.assert_close(found.float(), exact, rtol=1.02 * HALF, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), exact.double(), rtol=1.02 * HALF[found.dtype], atol=atol
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_norm_is_float32_s_rounded_once(library, shape):
+def test_a_norm_is_float32_s_rounded_once(library, dtype, shape, no_library):
     torch.manual_seed(0)
-    x, weight = drawn(*shape, scale=3), drawn(shape[-1])
+    x, weight = drawn(*shape, scale=3, dtype=dtype), drawn(shape[-1], dtype=dtype)
     y, scale = native.rms_norm(x, weight, 0.5)
-    exact, exact_scale = lean.normed(x.float(), weight.float(), 0.5)
-    assert (y.dtype, scale.dtype) == (torch.bfloat16, torch.float32)
+    with no_library():
+        exact, exact_scale = lean.normed(x.float(), weight.float(), 0.5)
+    assert (y.dtype, scale.dtype) == (dtype, torch.float32)
     torch.testing.assert_close(scale, exact_scale)
     close(y, exact)
 
 
 @pytest.mark.parametrize("further", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_norm_s_gradient_is_float32_s_rounded_once(library, shape, further):
+def test_a_norm_s_gradient_is_float32_s_rounded_once(library, dtype, shape, further, no_library):
     torch.manual_seed(0)
-    x, grad, weight = drawn(*shape, scale=3), drawn(*shape), drawn(shape[-1])
-    added = drawn(*shape) if further else None
+    x, grad = (drawn(*shape, scale=scale, dtype=dtype) for scale in (3, 1))
+    weight = drawn(shape[-1], dtype=dtype)
+    added = drawn(*shape, dtype=dtype) if further else None
     _, scale = native.rms_norm(x, weight, 1e-5)
     found = native.rms_norm_backward(grad, x, weight, scale, added)
-    exact = lean.normed_backward(
-        grad.float(), x.float(), weight.float(), scale, added if added is None else added.float()
-    )
-    torch.testing.assert_close(found.float(), exact, rtol=1.02 * HALF, atol=1e-5)
+    with no_library():
+        exact = lean.normed_backward(
+            grad.float(), x.float(), weight.float(), scale,
+            added if added is None else added.float(),
+        )  # fmt: skip
+    close(found, exact, atol=1e-5)
 
 
 def test_a_norm_takes_what_is_not_contiguous(library):
@@ -82,14 +106,14 @@ def test_a_norm_takes_what_is_not_contiguous(library):
 
 
 @pytest.mark.parametrize("rows", [1, 9, 200])
-def test_a_gate_and_its_gradient_are_float32_s_rounded_once(library, rows):
+def test_a_gate_and_its_gradient_are_float32_s_rounded_once(library, dtype, rows):
     torch.manual_seed(0)
-    opening, grad = drawn(rows, 2 * 96, scale=4), drawn(rows, 96)
-    low = opening.float().requires_grad_()
+    opening, grad = drawn(rows, 2 * 96, scale=4, dtype=dtype), drawn(rows, 96, dtype=dtype)
+    low = opening.double().requires_grad_()
     gate, up = low.chunk(2, -1)
     exact = nn.functional.silu(gate) * up
     close(native.gated(opening), exact.detach())
-    exact.backward(grad.float())
+    exact.backward(grad.double())
     close(native.gated_backward(grad, opening), low.grad)
 
 
@@ -101,21 +125,24 @@ def test_a_gate_takes_every_number(library):
     found = native.gated(opening)[0].float()
     exact = gate.float() * torch.sigmoid(gate.float())
     assert exact[0].isnan()  # minus infinity times 0
-    torch.testing.assert_close(found, exact, rtol=1.02 * HALF, atol=1e-35, equal_nan=True)
+    torch.testing.assert_close(
+        found, exact, rtol=1.02 * HALF[torch.bfloat16], atol=1e-35, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 2), (7, 3, 16), (90, 12, 64)])
-def test_heads_are_turned_in_place_within_wider_rows(library, rows, heads, size, back):
+def test_heads_are_turned_in_place_within_wider_rows(library, dtype, rows, heads, size, back):
     torch.manual_seed(0)
-    whole, angles = drawn(rows, (heads + 2) * size), torch.randn(rows, 1, 2 * size)
-    cos, sin = (part[..., ::2] for part in (angles.cos().bfloat16(), angles.sin().bfloat16()))
-    before, part = whole.float(), whole[:, : heads * size]
-    exact = part.float()
-    lean.rotate(exact, cos.float(), sin.float(), back=back)
+    whole = drawn(rows, (heads + 2) * size, dtype=dtype)
+    angles = torch.randn(rows, 1, 2 * size)
+    cos, sin = (part[..., ::2] for part in (angles.cos().to(dtype), angles.sin().to(dtype)))
+    before, part = whole.clone(), whole[:, : heads * size]
+    exact = part.double()
+    lean.rotate(exact, cos.double(), sin.double(), back=back)
     lean.rotate(part, cos, sin, back=back)
-    torch.testing.assert_close(part.float(), exact, rtol=1.02 * HALF, atol=1e-6)
-    assert torch.equal(whole[:, heads * size :].float(), before[:, heads * size :])
+    close(part, exact)
+    assert torch.equal(whole[:, heads * size :], before[:, heads * size :])
 
 
 def test_every_finite_number_is_kept_and_halves_go_to_even(library):
@@ -131,9 +158,11 @@ def test_every_finite_number_is_kept_and_halves_go_to_even(library):
 
 
 @pytest.mark.parametrize("words", [1, 10, 5000])
-def test_log_probabilities_are_float32_s(library, words):
+def test_log_probabilities_are_float32_s(library, dtype, words):
     torch.manual_seed(0)
-    logits = drawn(8, words + 3, scale=20)[:, :words]  # as of a vocabulary that was padded
+    logits = drawn(8, words + 3, scale=20, dtype=dtype)[
+        :, :words
+    ]  # as of a vocabulary that was padded
     rows, picked = torch.tensor([0, 7, 7]), torch.tensor([words - 1, 0, words // 2])
     found = lean.log_probabilities(logits, rows, picked)
     exact = logits.float().log_softmax(-1)[rows, picked]
@@ -141,9 +170,9 @@ def test_log_probabilities_are_float32_s(library, words):
 
 
 @pytest.mark.parametrize("certain", [False, True])
-def test_gradients_of_log_probabilities_are_float32_s_rounded_once(library, certain):
+def test_gradients_of_log_probabilities_are_float32_s_rounded_once(library, dtype, certain):
     torch.manual_seed(0)
-    logits = drawn(7, 40, scale=3)
+    logits = drawn(7, 40, scale=3, dtype=dtype)
     # A word twice, two words of one row, and rows without any.
     rows, picked = torch.tensor([0, 6, 6, 6, 3]), torch.tensor([39, 0, 0, 17, 5])
     if certain:
@@ -154,11 +183,11 @@ def test_gradients_of_log_probabilities_are_float32_s_rounded_once(library, cert
     (lean.log_probabilities(low, rows, picked) * grad).sum().backward()
     (exact.log_softmax(-1)[rows, picked] * grad).sum().backward()
     # What two terms leave of each other is float32's rounding of them.
-    torch.testing.assert_close(low.grad.float(), exact.grad, rtol=1.02 * HALF, atol=2e-7)
+    close(low.grad, exact.grad, atol=2e-7 if dtype == torch.bfloat16 else 1e-6)
     assert not low.grad[[1, 2, 4, 5]].any()
 
 
-def test_without_a_library_torch_does_the_same(library, monkeypatch):
+def test_without_a_library_torch_does_the_same(library, no_library):
     torch.manual_seed(0)
     x, weight, opening = drawn(5, 24), drawn(24), drawn(5, 48)
     cos, sin = drawn(5, 1, 8), drawn(5, 1, 8)
@@ -173,24 +202,91 @@ def test_without_a_library_torch_does_the_same(library, monkeypatch):
         ]  # fmt: skip
 
     found = everything()
-    monkeypatch.setattr(native, "library", lambda: None)
-    for one, other in zip(found, everything(), strict=True):
+    with no_library():
+        usual = everything()
+    for one, other in zip(found, usual, strict=True):
         assert one.shape == other.shape
-        torch.testing.assert_close(one.float(), other.float(), rtol=4 * HALF, atol=2e-2)
+        torch.testing.assert_close(one.float(), other.float(), rtol=2**-6, atol=2e-2)
 
 
-def test_float32_and_other_devices_are_not_served(library):
-    assert native.serves(drawn(2, 2))
+def test_mixed_numbers_and_other_devices_are_not_served(library, dtype):
+    assert native.serves(drawn(2, 2, dtype=dtype))
     assert not native.serves(drawn(2, 2), torch.zeros(2))
-    assert not native.serves(drawn(2, 2).to("meta"))
+    assert not native.serves(drawn(2, 2).double())
+    assert not native.serves(drawn(2, 2, dtype=dtype).to("meta"))
     x, weight = drawn(3, 4), drawn(4)
     y, scale = lean.normed(x, weight, 1e-5)
     added = torch.randn(3, 4)
     alone = lean.normed_backward(y, x, weight, scale)
     torch.testing.assert_close(
         lean.normed_backward(y, x, weight, scale, added).float(),
-        alone.float() + added, rtol=4 * HALF, atol=2e-2,
+        alone.float() + added, rtol=2**-6, atol=2e-2,
     )  # fmt: skip
+
+
+# --- LoRA's products ----------------------------------------------------------------------------
+
+
+SIZES = [((32,), (8,)), ((64, 32, 96), (8, 8, 8)), ((32, 64, 32), (16, 0, 8))]
+"""The outputs of projections, and the ranks of their adapters."""
+
+
+@pytest.mark.parametrize("nodes", [1, 8, 9, 150])
+@pytest.mark.parametrize(("sizes", "ranks"), SIZES)
+def test_lora_and_its_gradients_are_those_of_products(library, dtype, nodes, sizes, ranks):
+    torch.manual_seed(0)
+    x, grad = drawn(nodes, 64, dtype=dtype), drawn(nodes, sum(sizes), dtype=dtype)
+    out, dx = drawn(nodes, sum(sizes), dtype=dtype), drawn(nodes, 64, dtype=dtype)
+    adapters = [
+        torch.randn(shape)
+        for rank, size in zip(ranks, sizes, strict=True)
+        if rank
+        for shape in ((rank, 64), (size, rank))
+    ]
+    exact_out, exact_dx = out.double(), dx.double()
+    low = native_lora.lora(x, out, sizes, ranks, adapters, 0.25)
+    found = native_lora.lora_backward(grad, x, low, sizes, ranks, adapters, 0.25, dx)
+
+    # What is rounded on the way: A, B with its scale, x A^T and its gradient.
+    rest, start, rank_start, expected = iter(adapters), 0, 0, []
+    for rank, size in zip(ranks, sizes, strict=True):
+        if rank:
+            a, b = next(rest).to(dtype).double(), (next(rest) * 0.25).to(dtype).double()
+            part, own = slice(start, start + size), slice(rank_start, rank_start + rank)
+            close(low[:, own], x.double() @ a.T, atol=1e-4)
+            rounded = low[:, own].double()
+            exact_out[:, part] += rounded @ b.T
+            dlow = (grad[:, part].double() @ b).to(dtype).double()
+            exact_dx += dlow @ a
+            expected += [dlow.T @ x.double(), 0.25 * grad[:, part].double().T @ rounded]
+            rank_start += rank
+        start += size
+    close(out, exact_out, atol=1e-4)
+    close(dx, exact_dx, atol=1e-1 if dtype == torch.bfloat16 else 1e-3)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        # A number of x A^T's gradient may be rounded the other way.
+        assert (one - other).norm() <= HALF[dtype] * other.norm()
+
+
+def test_nobody_may_ask_for_the_gradient_of_lora_s_input(library):
+    torch.manual_seed(0)
+    x, grad, adapters = drawn(5, 32), drawn(5, 32), [torch.randn(8, 32), torch.randn(32, 8)]
+    low = native_lora.lora(x, drawn(5, 32), (32,), (8,), adapters, 1.0)
+    asked = native_lora.lora_backward(grad, x, low, (32,), (8,), adapters, 1.0, drawn(5, 32))
+    for one, other in zip(
+        asked, native_lora.lora_backward(grad, x, low, (32,), (8,), adapters, 1.0, None),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "widths", "served"),
+    [((8, 16), (32, 64), True), ((8, 4), (32, 64), False), ((8, 0), (32, 48), False)],
+)
+def test_ranks_and_widths_that_fill_no_vector_are_left_to_torch(ranks, widths, served):
+    assert native_lora.are_whole(ranks, widths) == served
 
 
 # --- where there is none ------------------------------------------------------------------------
@@ -198,7 +294,7 @@ def test_float32_and_other_devices_are_not_served(library):
 
 def test_it_is_compiled_once_and_kept(library, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path))
-    assert native.library() is not None
+    assert native.library(torch.bfloat16) is not None
     (kept,) = tmp_path.glob("*/*")
     assert kept.suffix == ".so"
 
@@ -207,23 +303,23 @@ def test_it_is_compiled_once_and_kept(library, fresh, monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", never)
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library(torch.bfloat16) is not None
 
 
 def test_another_processor_gets_its_own(library, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path))
     compiler, openmp, processor = native._tools()
-    first = native._compiled(compiler, openmp, processor)
-    assert native._compiled(compiler, openmp, processor + "more") != first
+    first = native._compiled(native.OPTIONS, compiler, openmp, processor)
+    assert native._compiled(native.OPTIONS, compiler, openmp, processor + "more") != first
 
 
 def test_a_damaged_one_is_compiled_anew(library, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_EMO_CACHE", str(tmp_path))
-    path = native._compiled(*native._tools())
+    path = native._compiled(native.OPTIONS, *native._tools())
     path.write_text("no library", "ascii")
-    assert native.library() is None
+    assert native.library(torch.bfloat16) is None
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library(torch.bfloat16) is not None
 
 
 @pytest.mark.parametrize(
@@ -254,7 +350,7 @@ def test_what_cannot_be_compiled_is_left_to_torch(fresh, monkeypatch, tmp_path, 
         case "private":  # others could put something into the folder
             (cache / f"native-{os.getuid()}").mkdir(parents=True)
             (cache / f"native-{os.getuid()}").chmod(0o777)
-    assert native.library() is None
+    assert native.library(torch.bfloat16) is None
     assert not native.serves(drawn(2, 2))
     if cache.is_dir() and lacking != "function":
         assert not list(cache.glob("*/*"))

@@ -303,7 +303,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "native": native.library() is not None,
+        "native": native.library(torch.bfloat16) is not None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "versions": versions,

@@ -132,7 +132,7 @@ def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
         if weight.shape != (layer.outputs, layer.inputs) or not weight.is_floating_point():
             weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=weight.device)
         return layer, projections.Group(
-            weight, None, (layer.outputs,), (0,), 1.0, weight.dtype, packed=None
+            weight, None, (layer.outputs,), (0,), 1.0, weight.dtype, packed=None, compiled=False
         )
 
     layers, head = linears(model)
