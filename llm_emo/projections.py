@@ -48,11 +48,14 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def are_alike(bases: Sequence[Any]) -> bool:
     """Whether layers are frozen, and alike."""
-    return (
-        all(type(base) is nn.Linear for base in bases)
-        and not any(part.requires_grad for base in bases for part in base.parameters())
-        and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
-    )
+    kinds = set()
+    for base in bases:
+        if type(base) is not nn.Linear or base.weight.requires_grad:
+            return False
+        if base.bias is not None and base.bias.requires_grad:
+            return False
+        kinds.add((base.bias is None, base.weight.dtype))
+    return len(kinds) == 1
 
 
 def are_one(layers: Sequence[Any]) -> bool:

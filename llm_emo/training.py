@@ -33,7 +33,7 @@ from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
 from llm_emo.lean import log_probabilities
-from llm_emo.machine import say
+from llm_emo.machine import say, settled
 from llm_emo.methods import untrained
 from llm_emo.optimizers import ADAM
 from llm_emo.recipes import Train
@@ -242,7 +242,17 @@ class EmoTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as the Trainer does; all modules are told that they train, once."""
         self.model.train()  # parts that came from files are in eval mode, whatever the whole says
-        return super().train(*args, **kwargs)
+        # The Trainer would walk through all of them for the gradients of the few that learn.
+        self.model.zero_grad = self._zero_grad
+        try:
+            with settled():
+                return super().train(*args, **kwargs)
+        finally:
+            del self.model.zero_grad
+
+    def _zero_grad(self) -> None:
+        for part in self.learning:
+            part.grad = None
 
     def training_step(
         self,

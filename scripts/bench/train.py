@@ -28,8 +28,8 @@ from common.harness import OURS, Result, Rounds
 from common.trainers import PEERS, SIDES
 
 RATE = "examples_per_second"
-WARM_UP = 1
-"""Steps at the beginning of each measurement that are not counted."""
+WARM_UP = 2
+"""Steps at the beginning of each measurement that are not counted; see `largest_first`."""
 TOLERANCE = 1e-5
 """By which share the first losses may differ in float32.
 
@@ -136,7 +136,28 @@ def prepared(given: argparse.Namespace) -> tuple[Any, Any, trainers.Steps]:
         labeller.encoder.encode(experiment.examples("train")), recipe.train,
         WARM_UP + given.steps, given.seed + given.round, dialogues_of(experiment),
     )  # fmt: skip
-    return recipe, labeller, steps
+    return recipe, labeller, largest_first(steps)
+
+
+def largest_first(steps: trainers.Steps) -> trainers.Steps:
+    """Let each side begin with the steps that are largest, padded and without repetition.
+
+    A process whose step is larger than any before asks the system for memory, which may take as
+    long as the step. In a whole training that happens a few times; in a dozen of steps it would
+    be a part of what is measured.
+    """
+
+    def padded(step: Sequence[Any]) -> int:
+        return len(step) * max(len(row.prompt) + len(row.answer) for row in step)
+
+    def distinct(step: Sequence[Any]) -> int:
+        return len(TokenTrie.build([row.prompt + row.answer for row in step]))
+
+    from llm_emo.trie import TokenTrie
+
+    rest = list(steps)
+    begun = [rest.pop(rest.index(max(rest, key=size))) for size in (padded, distinct)]
+    return [*begun, *rest]
 
 
 def measure(given: argparse.Namespace) -> Result:
