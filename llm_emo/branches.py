@@ -118,20 +118,22 @@ class Branches:
 
     def compiled(self, groups: int, nodes: Tensor, before: Tensor) -> native_attention.Pieces:
         """Return what compiled loops read of this; see `forward` for the arguments."""
+        kept: dict[tuple[int, ...], tuple[native_attention.Pieces, Tensor]]
+        kept = self.__dict__.setdefault("_compiled", {})
         (rows, each), (_, length, size) = self.rows.shape, before.shape
-        kept: dict[tuple[int, ...], native_attention.Pieces] = self.__dict__.setdefault(
-            "_compiled", {}
-        )
         key = (length, groups, nodes.shape[1], size)
         if key not in kept:
             columns, bias = self.columns(length), self.bias(length, nodes.dtype)
-            parts = (columns, self.rows, self.place, bias, self.trunk)
-            kept[key] = native_attention.Pieces(
-                *(part.data_ptr() for part in parts),
-                rows, each, length, length + len(self.trunk), bias.shape[-1],
-                groups, nodes.shape[1] // groups // size, size,
+            seen = bias[:, 0] == 0
+            ends = (torch.arange(1, bias.shape[-1] + 1) * seen).amax(1)
+            parts = (columns, self.rows, self.place, bias, self.trunk, ends)
+            made = native_attention.Pieces(
+                *(part.data_ptr() for part in parts), rows, each, length,
+                length + len(self.trunk), bias.shape[-1], groups,
+                nodes.shape[1] // groups // size, size,
             )  # fmt: skip
-        return kept[key]
+            kept[key] = (made, ends)  # the other parts are kept by this
+        return kept[key][0]
 
     def _filling(self, prefix: int) -> int:
         return -(prefix + len(self.trunk) + self.rows.shape[1]) % COLUMNS

@@ -17,7 +17,8 @@ Letters: N nodes, T those whose state is read, E hidden size, H heads, G key-val
 dimension, P prefix length.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,13 +60,33 @@ def write_out(model: nn.Module) -> None:
     for layer in layers:
         inputs = by_input(layer)
         packed = tuple(Packed() if kept else None for _ in inputs)
-        layer.forward = partial(_forward, layer, packed=packed)
+        layer.forward = partial(_forward, layer, packed=packed, known=None)
         for group in inputs:
             bases = [base_of(one) for one in group]
             # On a GPU no pass comes in pieces.
             if are_alike(bases) and not bases[0].weight.is_cuda:
                 stacked(bases)
     machine.trim()  # of the weights that are parts of a stack now
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Look at each layer's projections once, because nobody changes frozen ones here.
+
+    Else every pass asks whether a base still is frozen, an adapter merged, a weight another. In the
+    cold caches that products leave that is two hundredths of a step.
+    """
+    keywords = [
+        layer.forward.keywords for layer in written_out(model)
+        if isinstance(layer.forward, partial) and "known" in layer.forward.keywords
+    ]  # fmt: skip
+    for own in keywords:
+        own["known"] = {}
+    try:
+        yield
+    finally:
+        for own in keywords:
+            own["known"] = None
 
 
 def written_out(model: nn.Module) -> list[Any]:
@@ -115,6 +136,7 @@ def _forward(
     hidden_states: Tensor,
     *args: Any,
     packed: Sequence[Packed | None],
+    known: dict[bool, tuple[Group, ...] | None] | None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Cache | None = None,
     branches: Branches | None = None,
@@ -122,16 +144,23 @@ def _forward(
     read: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    attention, inputs = self.self_attn, by_input(self)
+    attention = self.self_attn
     norms = (self.input_layernorm, self.post_attention_layernorm)
-    if (
+    groups = None
+    if not (
         branches is None
         or position_embeddings is None
         or (self.gradient_checkpointing and self.training)
         or any(norm.weight.requires_grad for norm in norms)
-        or not all(are_one(group) for group in inputs)
         or (past_key_values is not None and torch.is_grad_enabled())
     ):
+        if known is None:
+            groups = groups_of(self, packed)
+        else:
+            if self.training not in known:  # dropout is at work in training only
+                known[self.training] = groups_of(self, packed)
+            groups = known[self.training]
+    if groups is None or branches is None or position_embeddings is None:
         out: Tensor = type(self).forward(
             self,
             hidden_states,
@@ -153,14 +182,14 @@ def _forward(
             (norms[0].weight, norms[0].variance_epsilon),
             (norms[1].weight, norms[1].variance_epsilon),
         ),
-        groups_of(self, packed),
+        groups,
         None if past_key_values is None else (past_key_values, attention.layer_idx),
         read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
     )
     adapters = [
         part["default"].weight
-        for group in inputs
+        for group in by_input(self)
         for layer in group
         if isinstance(layer, LoraLinear)
         for part in (layer.lora_A, layer.lora_B)
@@ -174,9 +203,11 @@ def _forward(
     return written[None]
 
 
-def groups_of(layer: Any, packed: Sequence[Packed | None]) -> tuple[Group, ...]:
-    """Return a decoder layer's projections, those that read one input as one."""
+def groups_of(layer: Any, packed: Sequence[Packed | None]) -> tuple[Group, ...] | None:
+    """Return a decoder layer's projections by input; None where those of one are not alike."""
     inputs = by_input(layer)
+    if not all(are_one(layers) for layers in inputs):
+        return None
     return tuple(group_of(layers, own) for layers, own in zip(inputs, packed, strict=True))
 
 

@@ -22,6 +22,7 @@ typedef struct {
     const int64_t *place;   /* (N), where a node is among the R W places */
     const number *bias;   /* (R W, C), added to scores */
     const int64_t *trunk;   /* (S - P) */
+    const int64_t *ends;    /* (R W), the columns up to the last that a query sees */
     int64_t R, W, P, S, C, G, F, D;
 } pieces;
 
@@ -48,12 +49,14 @@ static void lay_down(const pieces *p, const states *s, int64_t r, int64_t part, 
     }
 }
 
-/* Two rows of numbers, as words of one column each. */
-static inline void side_by_side(const number *x, const number *y, int64_t count, number *out) {
+/* Two rows of numbers, as words of one column each; rows of words hold `width`. */
+static inline void side_by_side(const number *x, const number *y, int64_t count, int64_t width,
+                                number *out) {
 #ifdef FLOAT32
     memcpy(out, x, count * sizeof *x);
-    memcpy(out + count, y, count * sizeof *y);
+    memcpy(out + width, y, count * sizeof *y);
 #else
+    (void)width;
     for (int64_t k = 0; k < count; k += LANES) {
         words both = apart(x + k) | apart(y + k) << 16;
         memcpy(out + 2 * k, &both, sizeof both);
@@ -61,11 +64,20 @@ static inline void side_by_side(const number *x, const number *y, int64_t count,
 #endif
 }
 
+/* Two rows of which `count` of C numbers are known and the others are 0, in the same way. */
+static inline void columns_of(const number *x, const number *y, int64_t count, int64_t C,
+                              number *out) {
+    side_by_side(x, y, count, C, out);
+    for (int64_t k = 0; k < 2; k += PER)
+        memset(out + (k * C + PER * count), 0, PER * (C - count) * sizeof *out);
+}
+
 /* Columns from `first`, which is even: two by two, side by side. */
 static void lay_across(const pieces *p, const states *s, int64_t r, int64_t part, int64_t first,
                        number *out) {
     for (int64_t c = first; c < p->C; c += 2)
-        side_by_side(behind(p, s, r, part, c), behind(p, s, r, part, c + 1), p->D, out + c * p->D);
+        side_by_side(behind(p, s, r, part, c), behind(p, s, r, part, c + 1), p->D, p->D,
+                     out + c * p->D);
 }
 
 /* sums[i] = sum over k < n of the word at a[i] + k step times COLUMNS words at b + k below. */
@@ -89,6 +101,14 @@ static inline __attribute__((always_inline)) void multiply(const number *const *
 static inline int64_t owner(const pieces *p, int64_t r, int64_t i) {
     int64_t at = r * p->W + i / p->F, node = p->rows[at];
     return p->place[node] == at ? node : -1;
+}
+
+/* Columns up to the last that one of ROWS queries of row r sees, a multiple of COLUMNS. */
+static inline int64_t end_of(const pieces *p, int64_t r, int64_t start) {
+    int64_t end = 0;
+    for (int64_t w = start / p->F; w < p->W && w * p->F < start + ROWS; w++)
+        if (p->ends[r * p->W + w] > end) end = p->ends[r * p->W + w];
+    return (end + COLUMNS - 1) / COLUMNS * COLUMNS;
 }
 
 /* out = softmax(scale x + bias), of C numbers; x is written over. */
@@ -140,12 +160,13 @@ void attend(const pieces *p, const states *s, const number *q, int64_t stride, f
                 const number *a[ROWS];
                 floats sums[ROWS][2];
                 int64_t count = each - start < ROWS ? each - start : ROWS;
+                int64_t end = end_of(p, r, start);
                 for (int64_t k = 0; k < ROWS; k++) {
                     int64_t i = start + (k < count ? k : count - 1);
                     int64_t node = p->rows[r * p->W + i / p->F];
                     a[k] = q + node * stride + (g * p->F + i % p->F) * p->D;
                 }
-                for (int64_t c = 0; c < p->C; c += COLUMNS) {
+                for (int64_t c = 0; c < end; c += COLUMNS) {
                     multiply(a, PER, keys + PER * c, PER * p->C, p->D / PER, sums);
                     for (int64_t k = 0; k < ROWS; k++) memcpy(x + k * p->C + c, sums[k], 128);
                 }
@@ -153,12 +174,12 @@ void attend(const pieces *p, const states *s, const number *q, int64_t stride, f
                     int64_t i = start + (k < count ? k : count - 1);
                     number *share = shares + (task * each + i) * p->C;
                     if (k < count)
-                        softmax(x + k * p->C, p->bias + (r * p->W + i / p->F) * p->C, scale, p->C,
+                        softmax(x + k * p->C, p->bias + (r * p->W + i / p->F) * p->C, scale, end,
                                 share);
                     a[k] = share;
                 }
                 for (int64_t d = 0; d < p->D; d += COLUMNS) {
-                    multiply(a, PER, values + PER * d, PER * p->D, p->C / PER, sums);
+                    multiply(a, PER, values + PER * d, PER * p->D, end / PER, sums);
                     for (int64_t k = 0; k < count; k++) {
                         int64_t i = start + k, node = owner(p, r, i);
                         if (node < 0) continue;
@@ -208,6 +229,7 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
             for (int64_t start = 0; start < full; start += ROWS) {
                 const number *a[ROWS], *query[ROWS], *share[ROWS];
                 floats sums[ROWS][2];
+                int64_t end = end_of(p, r, start);
                 for (int64_t k = 0; k < ROWS; k++) {
                     int64_t i = start + k < each ? start + k : each - 1;
                     int64_t node = p->rows[r * W + i / F], head = g * F + i % F;
@@ -218,21 +240,21 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
                     a[k] = gets ? grad + (node * G * F + head) * D : zeros;
                 }
                 for (int64_t k = 0; k < ROWS; k += 2) {
-                    side_by_side(query[k], query[k + 1], D, q_words + (start + k) * D);
-                    side_by_side(a[k], a[k + 1], D, g_words + (start + k) * D);
-                    side_by_side(share[k], share[k + 1], C, share_words + (start + k) * C);
+                    side_by_side(query[k], query[k + 1], D, D, q_words + (start + k) * D);
+                    side_by_side(a[k], a[k + 1], D, D, g_words + (start + k) * D);
+                    columns_of(share[k], share[k + 1], end, C, share_words + (start + k) * C);
                 }
-                for (int64_t c = 0; c < C; c += COLUMNS) {
+                for (int64_t c = 0; c < end; c += COLUMNS) {
                     multiply(a, PER, values + PER * c, PER * C, D / PER, sums);
                     for (int64_t k = 0; k < ROWS; k++) memcpy(x + k * C + c, sums[k], 128);
                 }
                 for (int64_t k = 0; k < ROWS; k++)
-                    softmax_backward(x + k * C, share[k], C, ds + k * C);
+                    softmax_backward(x + k * C, share[k], end, ds + k * C);
                 for (int64_t k = 0; k < ROWS; k += 2)
-                    side_by_side(ds + k * C, ds + (k + 1) * C, C, ds_words + (start + k) * C);
+                    columns_of(ds + k * C, ds + (k + 1) * C, end, C, ds_words + (start + k) * C);
                 for (int64_t k = 0; k < ROWS; k++) a[k] = ds + k * C;
                 for (int64_t d = 0; d < D; d += COLUMNS) {
-                    multiply(a, PER, keys + PER * d, PER * D, C / PER, sums);
+                    multiply(a, PER, keys + PER * d, PER * D, end / PER, sums);
                     for (int64_t k = 0; k < ROWS && start + k < each; k++) {
                         int64_t i = start + k, node = owner(p, r, i);
                         if (node < 0) continue;
@@ -247,12 +269,16 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
                 const number *to = value ? g_words : q_words;
                 float by = value ? 1.0f : scale;
                 int64_t part = value * G + g;
-                for (int64_t first = 0; first < S + W; first += ROWS)
+                for (int64_t first = 0; first < S + W; first += ROWS) {
+                    /* Within a row, nobody sees what stands behind. */
+                    int64_t hidden = first < S ? 0 : (first - S) * F / 2 * 2;
                     for (int64_t d = 0; d < D; d += COLUMNS) {
                         const number *a[ROWS];
                         floats sums[ROWS][2];
-                        for (int64_t k = 0; k < ROWS; k++) a[k] = from + PER * (first + k);
-                        multiply(a, PER * C, to + PER * d, PER * D, full / PER, sums);
+                        for (int64_t k = 0; k < ROWS; k++)
+                            a[k] = from + hidden * C + PER * (first + k);
+                        multiply(a, PER * C, to + hidden * D + PER * d, PER * D,
+                                 (full - hidden) / PER, sums);
                         for (int64_t k = 0; k < ROWS && first + k < S + W; k++) {
                             int64_t c = first + k;
                             floats one = sums[k][0] * by, two = sums[k][1] * by;
@@ -271,6 +297,7 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
                             put(out + LANES, two);
                         }
                     }
+                }
             }
         }
         /* A node above all rows may fill a place, too; as a key it is nowhere but here. */

@@ -22,7 +22,7 @@ class Pieces(ctypes.Structure):
     """
 
     _fields_ = (
-        *((name, POINTER) for name in ("columns", "rows", "place", "bias", "trunk")),
+        *((name, POINTER) for name in ("columns", "rows", "place", "bias", "trunk", "ends")),
         *((name, COUNT) for name in "RWPSCGFD"),
     )
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from llm_emo import checkpoints
+from llm_emo.decoder_layer import unchanged
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.inference import targets
@@ -245,7 +246,7 @@ class EmoTrainer(Trainer):
         # The Trainer would walk through all of them for the gradients of the few that learn.
         self.model.zero_grad = self._zero_grad
         try:
-            with settled():
+            with settled(), unchanged(self.model):
                 return super().train(*args, **kwargs)
         finally:
             del self.model.zero_grad

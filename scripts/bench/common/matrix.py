@@ -143,13 +143,12 @@ def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
     for decoder in decoder_layer.written_out(model):
         kept = getattr(decoder.forward, "keywords", {}).get("packed")
         inputs = decoder_layer.by_input(decoder)
-        if kept is None or not all(
-            projections.are_one(members)
-            and projections.base_of(members[0]).weight.device.type == "cpu"
-            for members in inputs
-        ):
+        groups = None
+        if kept and projections.base_of(inputs[0][0]).weight.device.type == "cpu":
+            groups = decoder_layer.groups_of(decoder, kept)
+        if groups is None:
             continue
-        for members, group in zip(inputs, decoder_layer.groups_of(decoder, kept), strict=True):
+        for members, group in zip(inputs, groups, strict=True):
             parts = [single[id(member)] for member in members]
             one = replace(
                 parts[0],
