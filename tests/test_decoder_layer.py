@@ -4,7 +4,15 @@ import pytest
 import tiny
 import torch
 
-from llm_emo import attention, branches, decoder_layer, native, training
+from llm_emo import (
+    attention,
+    branches,
+    decoder_layer,
+    native,
+    native_attention,
+    native_lora,
+    training,
+)
 from llm_emo.decoder_layer import KINDS
 from llm_emo.trie import TokenTrie, TrieDecoder, begin, node_logits
 
@@ -71,6 +79,69 @@ def test_a_layer_written_out_learns_the_same(architecture, method, changes, writ
     assert len(written) == 2
     torch.testing.assert_close(loss, expected_loss)
     assert tiny.distance(gradients, expected) < 1e-5
+
+
+WIDE = {
+    "hidden_size": 64, "intermediate_size": 96, "head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+"""Sizes that fill vectors, so that attention and LoRA are compiled loops."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_compiled_loops_learn_the_same(architecture, method, changes, written, monkeypatch):
+    if not native.serves(torch.zeros(1)):
+        pytest.skip("nothing can be compiled here")
+    changes = changes | ({"rank": 8} if method == "lora" else {})
+    made, rows = ours(architecture, method, sizes=WIDE, **changes), tiny.encoded(9, shared=9)
+    calls = []
+    for module, name in ((native_attention, "attend_backward"), (native_lora, "lora_backward")):
+        function = getattr(module, name)
+
+        def counting(*arguments, function=function, name=name):
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, counting)
+    loss, gradients = learned(made, rows)
+    assert len(written) == 2
+    assert calls.count("attend_backward") == 2
+    assert ("lora_backward" in calls) == (method == "lora")
+    as_they_were(made)
+    monkeypatch.setattr(native, "library", lambda dtype: None)
+    expected_loss, expected = learned(made, rows)
+    torch.testing.assert_close(loss, expected_loss)
+    assert tiny.distance(gradients, expected) < 1e-5
+
+
+def test_what_is_known_of_layers_is_forgotten_after_a_training(written):
+    made, rows = ours("llama"), tiny.encoded(9, shared=9)
+    _, expected = learned(made, rows)
+    with decoder_layer.unchanged(made):
+        for _ in range(2):
+            _, found = learned(made, rows)
+            assert torch.equal(found, expected)
+    with pytest.raises(ZeroDivisionError), decoder_layer.unchanged(made):
+        raise ZeroDivisionError
+    made.get_base_model().model.layers[0].self_attn.o_proj.base_layer.weight.data.mul_(2)
+    _, found = learned(made, rows)
+    as_they_were(made)
+    _, usual = learned(made, rows)
+    assert tiny.distance(found, usual) < 1e-5 < tiny.distance(found, expected)
+
+
+def test_dropout_counts_in_training_only_whatever_was_known_before(written):
+    made, rows = ours("llama", dropout=0.3), tiny.encoded(9, shared=9)
+    with decoder_layer.unchanged(made):
+        learned(made, rows)
+        assert len(written) == 2
+        made.train()
+        learned(made, rows)
+        assert len(written) == 2
+        made.eval()
+        learned(made, rows)
+        assert len(written) == 4
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)

@@ -7,7 +7,7 @@ and logits nearly flat, so a wrong mask or a wrong rotation would hide in the ro
 import json
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -247,13 +247,23 @@ def p_tuning(**changes: Any) -> recipes.PTuningV2:
 METHODS = ("lora", "p_tuning_v2")
 
 
-def adapted(architecture: str, method: str, *, seed: int = 0, **changes: Any) -> nn.Module:
-    """Return an adapted tiny model that differs from its base, in eval mode."""
+def adapted(
+    architecture: str,
+    method: str,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> nn.Module:
+    """Return an adapted tiny model that differs from its base, in eval mode.
+
+    `sizes` are changes of the model's config, the others of the method.
+    """
     from llm_emo.methods import adapt
 
     torch.manual_seed(seed)
     section = lora(**changes) if method == "lora" else p_tuning(**changes)
-    made = adapt(model(architecture), section)
+    made = adapt(model(architecture, **sizes or {}), section)
     with torch.no_grad():  # LoRA starts as the identity, which would hide that it is applied
         for name, parameter in made.named_parameters():
             if ".lora_B." in name:
