@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import harness, trainers
+from common import harness, matrix, trainers
 from common.harness import OURS, Result, Rounds
 
 RATE = "targets_per_hour"
@@ -117,7 +117,16 @@ def measure(given: argparse.Namespace) -> Result:
         )
     ]  # fmt: skip
 
+    # The rate belongs to the machine, at that time: it is taken in turns with the training.
+    products = None
+    if given.side == OURS:
+        first = matrix.of_training(labeller.model, recipe, steps[: given.every])
+        products = matrix.products_of_training(labeller.model, first)
+    taken: list[float] = []
+
     def score() -> float:
+        if products:
+            taken.extend(products.several(1))
         model = labeller.model
         training = model.training
         harness.attend_by(model, attention.NAME)
@@ -144,8 +153,11 @@ def measure(given: argparse.Namespace) -> Result:
             f"{given.side}: dev macro-F1 did not reach {given.target} in {trail[-1][0]} steps "
             f"(best: {best:.3f}); take a lower --target"
         )
+    needed = matrix.of_training(labeller.model, recipe, steps[: trail[-1][0]])
     return {
         **harness.described(given, labeller, *SHOWN),
+        "operations": needed["operations"],
+        "matrix": needed | products.rate(taken) if products else None,
         RATE: 3600 / seconds,
         "seconds": seconds,
         "steps": trail[-1][0],
@@ -169,10 +181,11 @@ def report(results: Rounds, given: argparse.Namespace) -> str:
                 f"{statistics.median(seconds):.0f} s", f"{min(seconds):.0f}", f"{max(seconds):.0f}",
                 ", ".join(str(result["steps"]) for result in rounds),
                 ", ".join(f"{result['macro_f1']:.3f}" for result in rounds),
+                f"{statistics.median(result['share_of_matrix_rate'] for result in rounds):.0%}",
                 f"{max(result['peak_memory_bytes'] for result in rounds) / 2**20:.0f} MiB",
             ]
         )  # fmt: skip
-    heads = ["", "training", "min", "max", "steps", "macro-F1", "peak memory"]
+    heads = ["", "training", "min", "max", "steps", "macro-F1", "matrix share", "peak memory"]
     lines = [
         f"{given.recipe}: {one['model']}, {one['dtype']} on {one['device']}, batch "
         f"{one['batch_size']}; until macro-F1 {given.target} on {one['dev_rows']} dev rows, "

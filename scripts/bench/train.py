@@ -15,6 +15,8 @@ next token), which must be equal; and in float32 the first batch's losses must b
 """
 
 import argparse
+import contextlib
+import importlib
 import math
 import statistics
 import tempfile
@@ -22,6 +24,7 @@ from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common import harness, llama_factory, matrix, trainers
 from common.harness import OURS, Result, Rounds
@@ -184,10 +187,15 @@ def measure(given: argparse.Namespace) -> Result:
             loss = trainers.loss_of(trainer, batches[0], targets[0])
             return {"side": given.side, "loss": loss}
         del batches
-        needed = limits(given.side, labeller.model, recipe, steps[WARM_UP:])
+        # On our side only: the rate belongs to the machine, at that time, and the operations to
+        # the rows; both hold for every side of the round.
+        needed, limit = {}, None
+        if given.side == OURS:
+            needed = matrix.of_training(labeller.model, recipe, steps[WARM_UP:])
+            limit = matrix.products_of_training(labeller.model, needed)
         products: list[float] = []
         # The machine's rate belongs to a moment, so it is taken in turns with the steps.
-        between = (lambda: products.append(needed[1].seconds())) if needed else None
+        between = (lambda: products.append(limit.seconds())) if limit else None
         harness.forget_peak()
         before = harness.peak_memory()
         seconds, losses = trainers.timed(trainer, between)
@@ -205,11 +213,33 @@ def measure(given: argparse.Namespace) -> Result:
         ),
         "peak_memory_bytes": harness.peak_memory(),
         "peak_memory_before_training_bytes": before,
-        "matrix": needed[0] | needed[1].rate(products[WARM_UP:]) if needed else None,
+        "matrix": needed | limit.rate(products[WARM_UP:]) if limit else None,
         "method": recipe.method.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json"),
         "protocol": labeller.experiment.protocol.name,
     }
+
+
+LOOPS = (
+    ("native_attention", "attend", "attention, in compiled loops"),
+    ("native_attention", "attend_backward", "attention, in compiled loops"),
+    ("native_lora", "lora", "LoRA, in compiled loops"),
+    ("native_lora", "lora_backward", "LoRA, in compiled loops"),
+)
+"""Modules, functions, and what the profiler is to call these; it sees torch's operations only."""
+
+
+def labelled(module: str, function: str, kind: str) -> Any:
+    """Return what makes the profiler see a function, while entered."""
+    from torch.profiler import record_function
+
+    plain = getattr(importlib.import_module(f"llm_emo.{module}"), function)
+
+    def seen(*arguments: Any, **keywords: Any) -> Any:
+        with record_function(kind):
+            return plain(*arguments, **keywords)
+
+    return mock.patch(f"llm_emo.{module}.{function}", seen)
 
 
 def kind_of(
@@ -223,6 +253,8 @@ def kind_of(
         vocabulary: The head's outputs.
         ranks: A side of every product of an adapter.
     """
+    if name in {kind for _, _, kind in LOOPS}:
+        return name, 0.0
     if name == "mkldnn::_linear_pointwise":  # by a copy of a frozen weight
         return "products of frozen layers", 2.0 * math.prod(shapes[0]) * shapes[1][0]
     short = name.removeprefix("aten::").rstrip("_")
@@ -278,7 +310,10 @@ def profile(given: argparse.Namespace) -> str:
         activities.append(ProfilerActivity.CUDA)
     for step in steps[:WARM_UP]:
         answer_loss(model, collate(step)).backward()
-    with profiler(activities=activities, record_shapes=True) as found:
+    with contextlib.ExitStack() as inside:
+        for module, function, kind in LOOPS:
+            inside.enter_context(labelled(module, function, kind))
+        found = inside.enter_context(profiler(activities=activities, record_shapes=True))
         for step in steps[WARM_UP:]:
             answer_loss(model, collate(step)).backward()
     table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
@@ -289,27 +324,6 @@ def profile(given: argparse.Namespace) -> str:
     kinds = by_kind(events, head.outputs, ranks)
     heading = f"{given.recipe}: {len(steps) - WARM_UP} steps in {labeller.base.dtype}"
     return "\n".join([heading, table, kinds])
-
-
-def limits(
-    side: str, model: Any, recipe: Any, steps: trainers.Steps
-) -> tuple[dict[str, Any], matrix.Products] | None:
-    """Count the operations of the timed steps; return them, and the products of the median step.
-
-    Only on our side: the rate belongs to the machine, at that time, and the operations to the
-    rows; both hold for every side of the round.
-    """
-    if side != OURS:
-        return None
-    prefix = getattr(recipe.method, "prefix_length", 0)
-    counted = [
-        matrix.of_step(model, [(row.prompt, row.answer) for row in step], prefix=prefix)
-        for step in steps
-    ]
-    _, nodes, logits = sorted(counted, key=lambda step: step[1])[len(counted) // 2]
-    kinds = {kind: sum(step[0][kind] for step in counted) for kind in counted[0][0]}
-    needed = {"operations": kinds, "nodes": [step[1] for step in counted]}
-    return needed, matrix.Products(model, nodes=nodes, logits=logits, training=True)
 
 
 # --- all sides in turn --------------------------------------------------------------------------

@@ -174,8 +174,11 @@ def with_shares(results: Rounds) -> None:
 
 
 def share_of(own: Result, result: Result) -> float:
-    """Return which share of the round's matrix rate a side reached."""
-    operations = own["matrix"]["operations"]
+    """Return which share of the round's matrix rate a side reached.
+
+    What is needed is what this program's side counted, or the side itself where it says so.
+    """
+    operations = result.get("operations", own["matrix"]["operations"])
     total = sum(operations.values()) if isinstance(operations, dict) else operations
     seconds = result["seconds"] if "seconds" in result else sum(result["seconds_per_step"])
     return float(total / own["matrix"]["operations_per_second"] / seconds)

@@ -13,7 +13,7 @@ Letters: N nodes, T nodes with logits.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -250,6 +250,24 @@ def of_step(
         model, depths, [len(tokens) - 1 for tokens in read], prefix=prefix, training=True
     )
     return counted, len(depths), len(read)
+
+
+def of_training(model: Any, recipe: Any, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Count what steps of encoded rows need: all operations by kind, and each step's sizes."""
+    prefix = getattr(recipe.method, "prefix_length", 0)
+    counted = [
+        of_step(model, [(row.prompt, row.answer) for row in step], prefix=prefix) for step in steps
+    ]
+    kinds = {kind: sum(step[0][kind] for step in counted) for kind in counted[0][0]}
+    sizes = {"nodes": [step[1] for step in counted], "logits": [step[2] for step in counted]}
+    return {"operations": kinds, **sizes}
+
+
+def products_of_training(model: Any, needed: Mapping[str, Any]) -> Products:
+    """Return the products of the median of the steps that `of_training` counted."""
+    sizes = sorted(zip(needed["nodes"], needed["logits"], strict=True))
+    nodes, logits = sizes[len(sizes) // 2]
+    return Products(model, nodes=nodes, logits=logits, training=True)
 
 
 def of_scoring(
