@@ -54,6 +54,10 @@ class Branches:
     above: Tensor
     beside: Tensor
 
+    def __getstate__(self) -> dict[str, Tensor]:
+        """Leave out what was made for this process: it holds pointers."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @classmethod
     def cut(cls, exit: Tensor, above: Tensor, width: int) -> "Branches":
         """Cut off every largest subtree of at most `width` nodes.
@@ -118,10 +122,10 @@ class Branches:
 
     def compiled(self, groups: int, nodes: Tensor, before: Tensor) -> native_attention.Pieces:
         """Return what compiled loops read of this; see `forward` for the arguments."""
-        kept: dict[tuple[int, ...], tuple[native_attention.Pieces, Tensor]]
+        kept: dict[tuple[Any, ...], tuple[native_attention.Pieces, Tensor]]
         kept = self.__dict__.setdefault("_compiled", {})
         (rows, each), (_, length, size) = self.rows.shape, before.shape
-        key = (length, groups, nodes.shape[1], size)
+        key = (length, groups, nodes.shape[1], size, nodes.dtype)
         if key not in kept:
             columns, bias = self.columns(length), self.bias(length, nodes.dtype)
             seen = bias[:, 0] == 0
@@ -291,7 +295,7 @@ def backward(grad: Tensor, saved: Saved, branches: Branches, scale: float) -> tu
     `grad` has shape (N, H*D).
     """
     q, kv, shares, before = saved
-    if native_attention.attends(q, kv, before):
+    if shares.dim() == 4:  # as compiled loops leave them
         pieces = branches.compiled(len(before) // 2, q, before)
         return native_attention.attend_backward(grad, shares, q, kv, before, pieces, scale)
     (rows, each), (parts, length, size) = branches.rows.shape, before.shape

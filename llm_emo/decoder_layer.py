@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -60,33 +60,52 @@ def write_out(model: nn.Module) -> None:
     for layer in layers:
         inputs = by_input(layer)
         packed = tuple(Packed() if kept else None for _ in inputs)
-        layer.forward = partial(_forward, layer, packed=packed, known=None)
+        layer.forward = partial(_forward, layer, packed=packed, known=_Known())
         for group in inputs:
             bases = [base_of(one) for one in group]
             # On a GPU no pass comes in pieces.
             if are_alike(bases) and not bases[0].weight.is_cuda:
                 stacked(bases)
+    if kept and (head := head_of(model)) is not None:
+        head.forward = partial(_logits, head, packed=Packed())
     machine.trim()  # of the weights that are parts of a stack now
+
+
+class _Known:
+    """What is known of a layer's projections while nobody changes them.
+
+    What is copied or pickled of it is empty again.
+    """
+
+    def __init__(self) -> None:
+        self.kept = False
+        self.groups: dict[bool, tuple[Group, ...] | None] = {}
+        """In training, where dropout is at work, and not."""
+
+    def __reduce__(self) -> tuple[type["_Known"], tuple[()]]:
+        return _Known, ()
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Look at each layer's projections once, because nobody changes frozen ones here.
+    """Look at each layer's projections once.
 
-    Else every pass asks whether a base still is frozen, an adapter merged, a weight another. In the
-    cold caches that products leave that is two hundredths of a step.
+    Until the end nobody may touch frozen weights, nor merge, switch or disable an adapter; what an
+    adapter has learned may change. Else every pass asks for all that. In the cold caches that
+    products leave it is two hundredths of a step.
     """
-    keywords = [
-        layer.forward.keywords for layer in written_out(model)
-        if isinstance(layer.forward, partial) and "known" in layer.forward.keywords
+    found = [
+        layer.forward.keywords["known"] for layer in written_out(model)
+        if isinstance(layer.forward, partial)
     ]  # fmt: skip
-    for own in keywords:
-        own["known"] = {}
+    for known in found:
+        known.kept = True
     try:
         yield
     finally:
-        for own in keywords:
-            own["known"] = None
+        for known in found:
+            known.kept = False
+            known.groups.clear()
 
 
 def written_out(model: nn.Module) -> list[Any]:
@@ -97,12 +116,24 @@ def written_out(model: nn.Module) -> list[Any]:
     ]  # fmt: skip
 
 
+def head_of(model: nn.Module) -> Any:
+    """Return the linear layer over the vocabulary that is frozen, or None."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()
+            if head is not None and are_alike([head]) and head.bias is None:
+                return head
+    return None
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Return the bytes of one copy of all weights of which copies are kept (see `packed`)."""
     groups = [
         [base_of(one) for one in group] for layer in written_out(model) for group in by_input(layer)
     ]
     weights = [base.weight for bases in groups if are_alike(bases) for base in bases]
+    if weights and (head := head_of(model)) is not None:
+        weights.append(head.weight)
     size = sum(weight.nbytes for weight in weights)
     kept = all(available(weight.dtype) for weight in weights) and worthwhile(size)
     return size if kept else 0
@@ -136,7 +167,7 @@ def _forward(
     hidden_states: Tensor,
     *args: Any,
     packed: Sequence[Packed | None],
-    known: dict[bool, tuple[Group, ...] | None] | None,
+    known: _Known,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Cache | None = None,
     branches: Branches | None = None,
@@ -154,12 +185,12 @@ def _forward(
         or any(norm.weight.requires_grad for norm in norms)
         or (past_key_values is not None and torch.is_grad_enabled())
     ):
-        if known is None:
-            groups = groups_of(self, packed)
+        if self.training in known.groups:
+            groups = known.groups[self.training]
         else:
-            if self.training not in known:  # dropout is at work in training only
-                known[self.training] = groups_of(self, packed)
-            groups = known[self.training]
+            groups = groups_of(self, packed)
+            if known.kept:
+                known.groups[self.training] = groups
     if groups is None or branches is None or position_embeddings is None:
         out: Tensor = type(self).forward(
             self,
@@ -220,6 +251,31 @@ def by_input(layer: Any) -> tuple[tuple[Any, ...], ...]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
+
+
+def _logits(self: Any, x: Tensor, *, packed: Packed) -> Tensor:
+    weight = self.weight
+    if (
+        weight.requires_grad
+        or x.dtype != weight.dtype
+        or (own := packed.of(weight)) is None
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    made: Tensor = _Logits.apply(x.flatten(0, -2), weight, own)  # type: ignore[no-untyped-call]
+    return made.view(*x.shape[:-1], len(weight))
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
+        ctx.weight, ctx.packed = weight, packed
+        return packed.product(x, weight, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.packed.back(grad, ctx.weight), None, None
 
 
 class _Layer(torch.autograd.Function):

@@ -69,7 +69,7 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     if native.serves(x, weight):
         return native.rms_norm(x, weight, epsilon)
     y = x.float()
-    # In float32 the very operations of transformers, so that not a bit differs.
+    # In float32 the very operations of transformers.
     scale = y.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     # In float32 `y` is `x` itself, which others still read.
     y = y * scale if y is x else y.mul_(scale)

@@ -5,6 +5,15 @@
 
 #include "native.h"
 
+/* Whether the processor's vectors hold as much as those of native.h. */
+int64_t has_wide_vectors(void) {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 /* y = w x / rms(x), and 1 / rms(x) of every row. */

@@ -53,6 +53,7 @@ _ARGUMENTS = {
     "rotate": [*[POINTER] * 3, FLOAT, *[COUNT] * 4],
     "log_sum_exp": [POINTER, *[COUNT] * 2, POINTER],
     "softmax_times": [*[POINTER] * 3, *[COUNT] * 2, POINTER],
+    "has_wide_vectors": [],
     "attend": [*[POINTER] * 3, COUNT, FLOAT, *[POINTER] * 2, COUNT, POINTER],
     "attend_backward": [
         *[POINTER] * 3,
@@ -95,7 +96,7 @@ def _loaded(path: Path) -> Any:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(made, name)
         function.argtypes = arguments
-        function.restype = COUNT if name.endswith("_room") else None
+        function.restype = COUNT if name.endswith(("_room", "_vectors")) else None
     return made
 
 
@@ -106,6 +107,16 @@ def serves(*tensors: Tensor) -> bool:
         all(part.dtype == dtype and part.device.type == "cpu" for part in tensors)
         and library(dtype) is not None
     )
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of loops are worth it: attention's, and LoRA's.
+
+    They keep sums in sixteen vectors of 512 bits. In float32, narrower ones took several times as
+    long as torch's products; in bfloat16, torch has none that are fast there either.
+    """
+    made = library(dtype)
+    return made is not None and (dtype == torch.bfloat16 or bool(made.has_wide_vectors()))
 
 
 def _tools() -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llm_emo.native import COUNT, POINTER, library, serves
+from llm_emo.native import COUNT, POINTER, library, multiplies, serves
 
 COLUMNS = 32
 """What the head dimension is a multiple of."""
@@ -33,7 +33,12 @@ class _States(ctypes.Structure):
 
 def attends(nodes: Tensor, both: Tensor, before: Tensor) -> bool:
     """Whether loops serve such queries, keys and values (see `attend`)."""
-    return before.shape[-1] % COLUMNS == 0 and serves(nodes, both, before)
+    return (
+        before.shape[-1] % COLUMNS == 0
+        and nodes.stride(-1) == both.stride(-1) == 1
+        and serves(nodes, both, before)
+        and multiplies(nodes.dtype)
+    )
 
 
 def attend(
@@ -50,7 +55,7 @@ def attend(
     """
     out = nodes.new_empty(nodes.shape)
     shares = nodes.new_empty(pieces.G, pieces.R, pieces.W * pieces.F, pieces.C)
-    threads, at = torch.get_num_threads(), ctypes.byref(pieces)
+    threads, at = _threads(pieces), ctypes.byref(pieces)
     room = nodes.new_empty(threads * library(nodes.dtype).attend_room(at))
     states = _States(both.data_ptr(), before.data_ptr(), both.stride(0))
     library(nodes.dtype).attend(
@@ -83,7 +88,7 @@ def attend_backward(
     grad = grad.contiguous()
     dnodes = grad.new_empty(len(grad), nodes.shape[1] + both.shape[1])
     dbefore = torch.empty_like(before)
-    threads, at = torch.get_num_threads(), ctypes.byref(pieces)
+    threads, at = _threads(pieces), ctypes.byref(pieces)
     room = grad.new_empty(threads * library(nodes.dtype).attend_backward_room(at))
     states = _States(both.data_ptr(), before.data_ptr(), both.stride(0))
     library(nodes.dtype).attend_backward(
@@ -91,3 +96,8 @@ def attend_backward(
         shares.data_ptr(), dnodes.data_ptr(), dbefore.data_ptr(), threads, room.data_ptr(),
     )  # fmt: skip
     return dnodes, dbefore
+
+
+def _threads(pieces: Pieces) -> int:
+    """Return how many have something to do; each takes room of its own."""
+    return max(1, min(torch.get_num_threads(), int(pieces.G * pieces.R)))

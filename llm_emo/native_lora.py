@@ -38,10 +38,10 @@ def lora(
         out: The projections, side by side, shape (N, sum of sizes), contiguous.
         sizes: The outputs of each; they and the inputs are multiples of `COLUMNS`.
         ranks: Of the adapter of each, multiples of `RANKS`; 0: it has none.
-        adapters: A, shape (rank, in), and B, shape (size, rank), in turn; float32, contiguous.
+        adapters: A, shape (rank, in), and B, shape (size, rank), in turn; float32.
         scale: What updates are multiplied by.
     """
-    x = x.contiguous()
+    x, adapters = x.contiguous(), [part.contiguous() for part in adapters]
     low = x.new_empty(len(x), sum(ranks))
     room = x.new_empty(sum(map(Tensor.numel, adapters)))
     library(x.dtype).lora(
@@ -73,7 +73,7 @@ def lora_backward(
         scale: See there.
         dx: Shape (N, in), contiguous; None: nobody asks for it.
     """
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, adapters = grad.contiguous(), x.contiguous(), [part.contiguous() for part in adapters]
     found = [torch.empty_like(part) for part in adapters]
     room = x.new_empty(sum(map(Tensor.numel, adapters)) + 3 * (len(x) + 1) * low.shape[1])
     library(x.dtype).lora_backward(

@@ -79,7 +79,8 @@ def group_of(layers: Sequence[Any], packed: Packed | None) -> Group:
     adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
     sizes = tuple(len(base.weight) for base in bases)
     ranks = tuple(layer.r["default"] if layer in adapted else 0 for layer in layers)
-    dtype = adapted[0].lora_A["default"].weight.dtype if adapted else weight.dtype
+    parts = [part["default"].weight for one in adapted for part in (one.lora_A, one.lora_B)]
+    dtype = parts[0].dtype if parts else weight.dtype
     return Group(
         weight,
         biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases),
@@ -88,8 +89,9 @@ def group_of(layers: Sequence[Any], packed: Packed | None) -> Group:
         adapted[0].scaling["default"] if adapted else 1.0,
         dtype,
         None if packed is None else packed.of(weight),
-        dtype == torch.float32
+        all(part.dtype == torch.float32 for part in parts)
         and native.serves(weight)
+        and native.multiplies(weight.dtype)
         and native_lora.are_whole(ranks, (*sizes, weight.shape[1])),
     )
 
@@ -151,7 +153,7 @@ def project(
     out = product(x, group)
     if not adapters:
         return out, ()
-    if group.compiled:
+    if group.compiled and out.dtype == x.dtype:  # else, as under autocast, torch's refuse
         low = native_lora.lora(x, out, group.sizes, group.ranks, adapters, group.scale)
     else:
         adapters = _joined(group, adapters, x.dtype)

@@ -242,16 +242,17 @@ class EmoTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as the Trainer does; all modules are told that they train, once."""
-        self.model.train()  # parts that came from files are in eval mode, whatever the whole says
+        model = self.model
+        model.train()  # parts that came from files are in eval mode, whatever the whole says
         # The Trainer would walk through all of them for the gradients of the few that learn.
-        self.model.zero_grad = self._zero_grad
+        model.zero_grad = self._zero_grad
         try:
-            with settled(), unchanged(self.model):
+            with settled(), unchanged(model):
                 return super().train(*args, **kwargs)
         finally:
-            del self.model.zero_grad
+            del model.zero_grad
 
-    def _zero_grad(self) -> None:
+    def _zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.learning:
             part.grad = None
 

@@ -380,8 +380,33 @@ def test_the_products_alone_are_by_the_copies_that_a_step_uses(monkeypatch):
     model = tiny.adapted("llama", "lora")
     layers = len(model.base_model.model.model.layers)
     matrix.Products(model, nodes=8, logits=3, training=True).seconds()
-    # Nobody asks the first layer's q, k and v for the gradient of embeddings.
-    assert Counter(calls) == {"product": 4 * layers, "back": 4 * layers - 1}
+    # And the head's; nobody asks the first layer's q, k and v for the gradient of embeddings.
+    assert Counter(calls) == {"product": 4 * layers + 1, "back": 4 * layers}
+
+
+def test_a_round_warms_up_by_its_largest_steps():
+    def row(number, size):
+        return Encoded(str(number), tuple(range(5, 4 + size)), (2,))
+
+    alike, apart, long = [row(0, 9)] * 3, [row(1, 9), row(2, 3)], [row(3, 20), row(4, 2)]
+    different = [Encoded("5", (50, 51, 52, 53), (2,)), Encoded("6", tuple(range(60, 90)), (2,))]
+    steps = [alike, apart, different, long]
+    # Padded: 27, 18, 62, 40 tokens; distinct ones: 9, 10, 36, 22.
+    assert bench.warmed_up(steps) == [different, different, *steps]
+    assert bench.warmed_up([alike, apart]) == [alike, apart, alike, apart]
+    assert bench.warmed_up([alike * 9, long]) == [alike * 9, long, alike * 9, long]
+
+
+def test_what_training_needs_is_counted_step_by_step():
+    model, recipe = tiny.model("llama"), SimpleNamespace(method=tiny.lora())
+    steps = [tiny.encoded(2), tiny.encoded(6), tiny.encoded(4)]
+    needed = matrix.of_training(model, recipe, steps)
+    alone = [matrix.of_training(model, recipe, [step]) for step in steps]
+    for kind, count in needed["operations"].items():
+        assert count == sum(one["operations"][kind] for one in alone)
+    assert needed["nodes"] == [one["nodes"][0] for one in alone]
+    products = matrix.products_of_training(model, needed)
+    assert products.sizes == {"nodes": alone[2]["nodes"][0], "logits": alone[2]["logits"][0]}
 
 
 def test_the_rate_is_the_mean_of_the_time_that_products_took():
@@ -398,6 +423,9 @@ def test_twice_the_time_is_half_the_share():
     }
     assert harness.share_of(own, own) == pytest.approx(0.8)
     assert harness.share_of(own, {"seconds_per_step": [20.0]}) == pytest.approx(0.4)
+    # Who took other steps says what they needed.
+    other = {"seconds": 20.0, "operations": {"linear": 4e9}}
+    assert harness.share_of(own, other) == pytest.approx(0.2)
 
 
 def measured(side, rate, trl=None):

@@ -1,5 +1,7 @@
 """Decoder layers written out, against the layers' own forward."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -129,6 +131,17 @@ def test_what_is_known_of_layers_is_forgotten_after_a_training(written):
     as_they_were(made)
     _, usual = learned(made, rows)
     assert tiny.distance(found, usual) < 1e-5 < tiny.distance(found, expected)
+
+
+def test_a_copy_knows_nothing_of_what_it_was_copied_from():
+    made, rows = ours("llama"), tiny.encoded(9, shared=9)
+    with decoder_layer.unchanged(made):
+        _, expected = learned(made, rows)
+        copied = copy.deepcopy(made)
+    for layer in decoder_layer.written_out(copied):
+        layer.mlp.down_proj.weight.data.mul_(2)
+    _, found = learned(copied, rows)
+    assert tiny.distance(found, expected) > 1e-3
 
 
 def test_dropout_counts_in_training_only_whatever_was_known_before(written):

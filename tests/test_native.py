@@ -231,7 +231,7 @@ SIZES = [((32,), (8,)), ((64, 32, 96), (8, 8, 8)), ((32, 64, 32), (16, 0, 8))]
 """The outputs of projections, and the ranks of their adapters."""
 
 
-@pytest.mark.parametrize("nodes", [1, 8, 9, 150])
+@pytest.mark.parametrize("nodes", [0, 1, 8, 9, 150])
 @pytest.mark.parametrize(("sizes", "ranks"), SIZES)
 def test_lora_and_its_gradients_are_those_of_products(library, dtype, nodes, sizes, ranks):
     torch.manual_seed(0)
@@ -279,6 +279,37 @@ def test_nobody_may_ask_for_the_gradient_of_lora_s_input(library):
         strict=True,
     ):  # fmt: skip
         assert torch.equal(one, other)
+
+
+def test_lora_takes_what_is_not_contiguous(library, dtype):
+    torch.manual_seed(0)
+    wide, out, dx = drawn(9, 128, dtype=dtype), drawn(9, 32, dtype=dtype), drawn(9, 64, dtype=dtype)
+    x, grad = wide[:, ::2], drawn(32, 9, dtype=dtype).T
+    adapters = [torch.randn(64, 8).T, torch.randn(8, 32).T]
+
+    def everything(x, grad, adapters):
+        mine, own = out.clone(), dx.clone()
+        low = native_lora.lora(x, mine, (32,), (8,), adapters, 0.5)
+        found = native_lora.lora_backward(grad, x, low, (32,), (8,), adapters, 0.5, own)
+        return [mine, own, low, *found]
+
+    plain = [part.contiguous() for part in (x, grad, *adapters)]
+    for one, other in zip(
+        everything(x, grad, adapters), everything(plain[0], plain[1], plain[2:]), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_narrow_vectors_multiply_in_bfloat16_only(library, monkeypatch):
+    class Narrow:
+        @staticmethod
+        def has_wide_vectors():
+            return 0
+
+    assert native.library(torch.float32).has_wide_vectors() in (0, 1)
+    monkeypatch.setattr(native, "library", lambda dtype: Narrow)
+    assert native.multiplies(torch.bfloat16)
+    assert not native.multiplies(torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, TrainingArguments
 
-from llm_emo import checkpoints, training
+from llm_emo import checkpoints, decoder_layer, training
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed
 from llm_emo.methods import adapt, trainable_state, untrained
@@ -105,6 +106,27 @@ def padded_loss(model, rows):
         attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         labels=pad_sequence(labels, batch_first=True, padding_value=-100),
     ).loss
+
+
+@pytest.mark.parametrize("stop_at", [None, 1])
+def test_what_a_training_does_to_a_model_ends_with_it(tmp_path, stop_at):
+    model = tiny.adapted("llama", "lora")
+    known = [layer.forward.keywords["known"] for layer in decoder_layer.written_out(model)]
+    inside = []
+
+    def validate(model):
+        inside.append(("zero_grad" in vars(model), all(one.kept for one in known)))
+        return {"f1": float(len(inside))}
+
+    section = tiny.train(epochs=1, batch_size=2, evaluations_per_epoch=2)
+    trainer = train(tmp_path, model, section, validate=validate, stop_at=stop_at)
+    assert (len(inside) > 0) == (stop_at is None)
+    assert all(seen == (True, True) for seen in inside)
+    assert "zero_grad" not in vars(model)
+    assert not any(one.kept or one.groups for one in known)
+    assert gc.get_freeze_count() == 0
+    if stop_at is None:
+        assert all(part.grad is None for part in trainer.learning)
 
 
 # --- the loss ----------------------------------------------------------------------------------

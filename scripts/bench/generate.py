@@ -99,7 +99,7 @@ def by_padding(
 
 def measure(given: argparse.Namespace) -> Result:
     """Measure `given.side` in this process."""
-    labeller, prompts = inference.drawn(given, CHECKED)
+    labeller, prompts, others = inference.drawn(given, CHECKED)
     model, settings = labeller.model, labeller.experiment.recipe.inference
     end, longest = labeller.encoder.end, settings.max_new_tokens
 
@@ -124,7 +124,7 @@ def measure(given: argparse.Namespace) -> Result:
         products = matrix.Products(
             model, nodes=at, logits=len(prompts) * at // read + 1, training=False
         )
-    found, result = inference.timed(side, prompts, given.batch_size, products)
+    found, result = inference.timed(side, prompts, others, products)
     if products:
         result["matrix"] |= needed(model, prompts, found)
     return {

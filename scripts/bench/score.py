@@ -173,7 +173,7 @@ def answers_of(ids: Sequence[Ids], kind: str) -> list[Ids]:
 
 def measure(given: argparse.Namespace) -> Result:
     """Measure `given.side` in this process."""
-    labeller, prompts = inference.drawn(given, CHECKED)
+    labeller, prompts, others = inference.drawn(given, CHECKED)
     model = labeller.model
     answers = answers_of(labeller.encoder.answers(labeller.experiment.answers), given.answers)
     tokens_per_pass = labeller.experiment.recipe.inference.tokens_per_pass
@@ -190,7 +190,7 @@ def measure(given: argparse.Namespace) -> Result:
     products = None
     if given.side == OURS:
         counted, products = limits(model, prompts, answers, tokens_per_pass)
-    found, result = inference.timed(side, prompts, given.batch_size, products)
+    found, result = inference.timed(side, prompts, others, products)
     if products:
         result["matrix"] |= counted
     return {

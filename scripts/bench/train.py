@@ -32,7 +32,7 @@ from common.trainers import PEERS, SIDES
 
 RATE = "examples_per_second"
 WARM_UP = 2
-"""Steps at the beginning of each measurement that are not counted; see `largest_first`."""
+"""Steps at the beginning of each measurement that are not counted; see `warmed_up`."""
 TOLERANCE = 1e-5
 """By which share the first losses may differ in float32.
 
@@ -137,18 +137,19 @@ def prepared(given: argparse.Namespace) -> tuple[Any, Any, trainers.Steps]:
     experiment = labeller.experiment
     steps = trainers.drawn(
         labeller.encoder.encode(experiment.examples("train")), recipe.train,
-        WARM_UP + given.steps, given.seed + given.round, dialogues_of(experiment),
+        given.steps, given.seed + given.round, dialogues_of(experiment),
     )  # fmt: skip
-    return recipe, labeller, largest_first(steps)
+    return recipe, labeller, warmed_up(steps)
 
 
-def largest_first(steps: trainers.Steps) -> trainers.Steps:
-    """Let each side begin with the steps that are largest, padded and without repetition.
+def warmed_up(steps: trainers.Steps) -> trainers.Steps:
+    """Put in front, once more, the steps that are largest: padded, and without repetition.
 
     A process whose step is larger than any before asks the system for memory, which may take as
     long as the step. In a whole training that happens a few times; in a dozen of steps it would
     be a part of what is measured.
     """
+    from llm_emo.trie import TokenTrie
 
     def padded(step: Sequence[Any]) -> int:
         return len(step) * max(len(row.prompt) + len(row.answer) for row in step)
@@ -156,11 +157,7 @@ def largest_first(steps: trainers.Steps) -> trainers.Steps:
     def distinct(step: Sequence[Any]) -> int:
         return len(TokenTrie.build([row.prompt + row.answer for row in step]))
 
-    from llm_emo.trie import TokenTrie
-
-    rest = list(steps)
-    begun = [rest.pop(rest.index(max(rest, key=size))) for size in (padded, distinct)]
-    return [*begun, *rest]
+    return [max(steps, key=padded), max(steps, key=distinct), *steps]
 
 
 def measure(given: argparse.Namespace) -> Result:
@@ -209,7 +206,7 @@ def measure(given: argparse.Namespace) -> Result:
         "targets": sum(targets),
         "tokens_per_step": statistics.mean(tokens),
         "tokens_of_rows_per_step": statistics.mean(
-            sum(len(row.prompt) + len(row.answer) for row in step) for step in steps
+            sum(len(row.prompt) + len(row.answer) for row in step) for step in steps[WARM_UP:]
         ),
         "peak_memory_bytes": harness.peak_memory(),
         "peak_memory_before_training_bytes": before,
@@ -256,7 +253,8 @@ def kind_of(
     if name in {kind for _, _, kind in LOOPS}:
         return name, 0.0
     if name == "mkldnn::_linear_pointwise":  # by a copy of a frozen weight
-        return "products of frozen layers", 2.0 * math.prod(shapes[0]) * shapes[1][0]
+        kind = "the head" if shapes[1][0] == vocabulary else "frozen layers"
+        return f"products of {kind}", 2.0 * math.prod(shapes[0]) * shapes[1][0]
     short = name.removeprefix("aten::").rstrip("_")
     if short not in ("mm", "addmm", "bmm", "baddbmm"):
         return "all else", 0.0

@@ -15,8 +15,11 @@ RATE = "rows_per_second"
 Ids = tuple[int, ...]
 
 
-def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids]]:
-    """Return the recipe's labeller and the prompts of a round's random test rows.
+def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids], list[Ids]]:
+    """Return the recipe's labeller, the prompts of a round's random test rows, and others' as many.
+
+    The others are for warming up: a pass that is larger than any before waits for the system's
+    memory, sometimes longer than for its products.
 
     Args:
         given: The benchmark's arguments; with `--check` the model is in float32.
@@ -29,21 +32,22 @@ def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids]]:
     labeller.model.eval()
     examples = labeller.experiment.examples("test")
     count = min(checked if given.check else given.rows, len(examples))
-    rows = random.Random(given.seed + given.round).sample(examples, count)
+    rows = random.Random(given.seed + given.round).sample(examples, min(2 * count, len(examples)))
     if given.side != OURS:
         harness.stock(labeller.model)
-    return labeller, [row.prompt for row in labeller.encoder.encode(rows)]
+    prompts = [row.prompt for row in labeller.encoder.encode(rows)]
+    return labeller, prompts[:count], prompts[-count:]
 
 
 def timed(
-    side: Callable[[Sequence[Ids]], tuple[float, Any]], prompts: Sequence[Ids], warm_up: int,
-    products: Products | None = None,
+    side: Callable[[Sequence[Ids]], tuple[float, Any]], prompts: Sequence[Ids],
+    others: Sequence[Ids], products: Products | None = None,
 ) -> tuple[Any, Result]:  # fmt: skip
-    """Return what a side finds, and its figures; `warm_up` prompts run before.
+    """Return what a side finds, and its figures; other prompts run before.
 
     The machine's rate belongs to a moment, so `products` are timed just before and just after.
     """
-    side(prompts[:warm_up])
+    side(others)
     seconds = products.several() if products else []
     harness.forget_peak()
     taken, found = side(prompts)

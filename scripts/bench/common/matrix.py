@@ -126,13 +126,13 @@ def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
 
     from llm_emo import decoder_layer, projections
 
-    def alone(layer: Linear, module: Any) -> tuple[Linear, Any]:
+    def alone(layer: Linear, module: Any, packed: Any = None) -> tuple[Linear, Any]:
         weight = getattr(module, "base_layer", module).weight.detach()
         # Quantised ones are written out at every product.
         if weight.shape != (layer.outputs, layer.inputs) or not weight.is_floating_point():
             weight = torch.randn(layer.outputs, layer.inputs, dtype=dtype, device=weight.device)
         return layer, projections.Group(
-            weight, None, (layer.outputs,), (0,), 1.0, weight.dtype, packed=None, compiled=False
+            weight, None, (layer.outputs,), (0,), 1.0, weight.dtype, packed=packed, compiled=False
         )
 
     layers, head = linears(model)
@@ -161,7 +161,9 @@ def products_of(model: Any) -> Iterator[tuple[Linear, Any]]:
         found = joined[id(module)] if id(module) in joined else alone(layer, module)
         if found:
             yield found
-    yield alone(head, head_of(model))
+    module = head_of(model)
+    kept = getattr(module.forward, "keywords", {}).get("packed")
+    yield alone(head, module, kept and kept.of(module.weight.detach()))
 
 
 class Products:
