@@ -10,7 +10,7 @@ Letters: B batch, H heads, G key-value heads, Q queries, K keys, P prefix length
 D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ PASSING_SCORES = 16 * PLAIN_SCORES
 """The same where nothing is kept, and one layer's scores live at a time."""
 
 
-def _attention(
+def attend_by_mask(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    prefix: Sequence[Tensor] | None = None,
+    prefix: Sequence[Tensor] | Mapping[int, Tensor] | None = None,
     branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -103,5 +103,5 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attend_by_mask)
 AttentionMaskInterface.register(NAME, _explicit_mask)

@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from llm_emo import attention as masks
 from llm_emo import branches as pieces
 from llm_emo import machine
 from llm_emo.branches import Branches
@@ -147,7 +148,11 @@ def _is_gated_by_silu(mlp: Any) -> bool:
 class _Pass:
     """What of a pass and a layer is no leaf of the gradient."""
 
-    branches: Branches
+    branches: Branches | None
+    mask: Tensor | None
+    """Who sees whom, where the trie is not in pieces."""
+    attention: Any
+    """The layer's module, for its number and its kind."""
     cos: Tensor
     """Shape (N, 1, D), as `sin`."""
     sin: Tensor
@@ -155,7 +160,7 @@ class _Pass:
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
     inputs: tuple[Group, ...]
     """The projections by the input they read: q, k, v; o; gate, up; down."""
-    cache: tuple[Cache, int] | None
+    cache: Cache | None
     read: Tensor | None
     """The nodes whose state is read, each once, shape (T,); None: all of them."""
     learning: bool
@@ -168,6 +173,7 @@ def _forward(
     *args: Any,
     packed: Sequence[Packed | None],
     known: _Known,
+    attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Cache | None = None,
     branches: Branches | None = None,
@@ -178,8 +184,17 @@ def _forward(
     attention = self.self_attn
     norms = (self.input_layernorm, self.post_attention_layernorm)
     groups = None
-    if not (
+    # Not in pieces come steps of generating and small passes: written out where nothing is learned.
+    masked = (
         branches is None
+        and attention_mask is not None
+        and len(hidden_states) == 1
+        and hidden_states.device.type == "cpu"
+        and attention.config._attn_implementation == masks.NAME
+        and not torch.is_grad_enabled()
+    )
+    if not (
+        (branches is None and not masked)
         or position_embeddings is None
         or (self.gradient_checkpointing and self.training)
         or any(norm.weight.requires_grad for norm in norms)
@@ -191,11 +206,12 @@ def _forward(
             groups = groups_of(self, packed)
             if known.kept:
                 known.groups[self.training] = groups
-    if groups is None or branches is None or position_embeddings is None:
+    if groups is None or position_embeddings is None:
         out: Tensor = type(self).forward(
             self,
             hidden_states,
             *args,
+            attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
             branches=branches,
@@ -206,6 +222,8 @@ def _forward(
     cos, sin = (part[0, :, None] for part in position_embeddings)
     what = _Pass(
         branches,
+        attention_mask,
+        attention,
         cos,
         sin,
         attention.scaling,
@@ -214,7 +232,7 @@ def _forward(
             (norms[1].weight, norms[1].variance_epsilon),
         ),
         groups,
-        None if past_key_values is None else (past_key_values, attention.layer_idx),
+        past_key_values,
         read if attention.layer_idx == attention.config.num_hidden_layers - 1 else None,
         torch.is_grad_enabled(),
     )
@@ -291,10 +309,14 @@ class _Layer(torch.autograd.Function):
         heads, qkv_kept = through(first, qkv, own[0])
         rotate(heads[:, :turning], what.cos, what.sin)
         q, both = heads[:, : qkv.sizes[0]], heads[:, qkv.sizes[0] :]
-        before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
-        if what.cache is not None:
-            before = torch.cat([before, _remembered(what.cache, both, groups)], 1)
-        attended, saved = pieces.forward(q, both, before, what.branches, what.attention_scale)
+        saved: Sequence[Tensor] = ()
+        if what.branches is None:
+            attended = _masked(q, both, prefix, what)
+        else:
+            before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
+            if what.cache is not None:
+                before = torch.cat([before, _remembered(what, both, groups)], 1)
+            attended, saved = pieces.forward(q, both, before, what.branches, what.attention_scale)
         del heads, q, both
         if not what.learning:  # scores are the largest of all that a layer computes
             del saved, first
@@ -328,6 +350,7 @@ class _Layer(torch.autograd.Function):
         saved, parts = rest[:4], iter(rest[4:])
         kept = [tuple(next(parts) for _ in range(length)) for length in ctx.kept]
         qkv, o, gate_up, down = zip(what.inputs, kept, strict=True)
+        assert what.branches is not None  # by a mask nothing is learned
         found: list[list[Tensor]] = [[], [], [], []]
         if what.read is not None:
             grad = grad.index_select(0, what.read)
@@ -359,9 +382,29 @@ class _Layer(torch.autograd.Function):
         return dx, dprefix, None, *(part for group in found for part in group)
 
 
-def _remembered(cache: tuple[Cache, int], both: Tensor, groups: int) -> Tensor:
+def _remembered(what: _Pass, both: Tensor, groups: int) -> Tensor:
     """Put keys, then values, (N, 2G*D), into the cache; return what stood there, (2G, A, D)."""
-    own = both.view(len(both), 2, groups, -1).permute(1, 2, 0, 3)  # (2, G, N, D)
-    keys, values = cache[0].update(own[:1], own[1:], cache[1])
+    keys, values = _put(what, both, groups)
     front = keys.shape[2] - len(both)
     return torch.cat([keys[0, :, :front], values[0, :, :front]])
+
+
+def _put(what: _Pass, both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return all keys and values, (1, G, A + N, D), with those that are new."""
+    own = both.view(len(both), 2, groups, -1).permute(1, 2, 0, 3)  # (2, G, N, D)
+    if what.cache is None:
+        return own[:1], own[1:]
+    keys, values = what.cache.update(own[:1], own[1:], what.attention.layer_idx)
+    return keys, values
+
+
+def _masked(q: Tensor, both: Tensor, prefix: Tensor, what: _Pass) -> Tensor:
+    """Attend from (N, H*D) by the mask; return the same shape."""
+    keys, values = _put(what, both, prefix.shape[2])
+    queries = q.view(len(q), -1, keys.shape[-1]).transpose(0, 1)[None]  # (1, H, N, D)
+    number, scale = what.attention.layer_idx, what.attention_scale
+    front = {number: prefix} if len(prefix) else None
+    attended, _ = masks.attend_by_mask(
+        what.attention, queries, keys, values, what.mask, front, scaling=scale
+    )
+    return attended.reshape(q.shape)

@@ -55,7 +55,7 @@ def test_the_plain_form_is_sdpa_with_its_gradients(queries, keys, scaling):
 def test_bfloat16_on_a_cpu_takes_the_plain_form_and_stays_close(monkeypatch):
     *inputs, mask = _case(5, 5, torch.bfloat16)
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)  # would fail if called
-    out, _ = attention._attention(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0)
+    out, _ = attention.attend_by_mask(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0)
     reference = _reference(*(t.float() for t in inputs), mask, 0.3)
     torch.testing.assert_close(out.float(), reference, atol=0.03, rtol=0.03)
 
@@ -68,7 +68,7 @@ def test_everything_else_is_left_to_sdpa(reason, monkeypatch):
     if reason == "large":
         monkeypatch.setattr(attention, "PLAIN_SCORES", 24)
     dropout = 0.1 if reason == "dropout" else 0.0
-    out, _ = attention._attention(_Layer(), *inputs, mask, scaling=0.3, dropout=dropout)
+    out, _ = attention.attend_by_mask(_Layer(), *inputs, mask, scaling=0.3, dropout=dropout)
     assert out.shape == (1, 5, HEADS, WIDTH)
 
 
@@ -76,7 +76,7 @@ def test_every_query_sees_the_prefix_of_its_own_layer():
     query, key, value, mask = _case(4, 4, torch.float32)
     prefix = torch.randn(3, 4, GROUPS, WIDTH)  # (P, 2M, G, D), two layers
     own = prefix.split(2, 1)
-    out, _ = attention._attention(_Layer(), query, key, value, mask, prefix=own, scaling=0.3)
+    out, _ = attention.attend_by_mask(_Layer(), query, key, value, mask, prefix=own, scaling=0.3)
     longer_key = torch.cat([prefix[:, 2].transpose(0, 1)[None], key], dim=2)
     longer_value = torch.cat([prefix[:, 3].transpose(0, 1)[None], value], dim=2)
     seen = torch.cat([torch.ones(1, 1, 4, 3, dtype=torch.bool), mask], dim=-1)
@@ -91,7 +91,7 @@ def test_a_query_that_sees_nothing_spoils_no_other(prefixed):
     mask[..., :2, :] = False
     mask[..., 2:, 4] = True
     prefix = torch.randn(3, 4, GROUPS, WIDTH).split(2, 1) if prefixed else None
-    out, _ = attention._attention(_Layer(), *inputs, mask, prefix=prefix, scaling=0.3)
+    out, _ = attention.attend_by_mask(_Layer(), *inputs, mask, prefix=prefix, scaling=0.3)
     assert out.isfinite().all()
     if not prefixed:
         reference = _reference(*(t.float() for t in inputs), mask, 0.3)
