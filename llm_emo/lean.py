@@ -9,8 +9,8 @@ matrix products. Two layers cost most of what can be saved without touching an a
   to an output in bfloat16, which no vector unit does at speed. Here the adapter's matrices, which
   learn in float32, are rounded to the input's dtype for the products, as autocast does.
 
-In float32 both are what they replace, to rounding. Where there are compiled loops (`native.py`),
-they do the same.
+In float32 both are what they replace, to rounding. In bfloat16 there may be compiled loops that do
+the same (`native.py`); in float32 norms and the loss are the very operations of transformers.
 """
 
 from functools import partial
@@ -66,10 +66,10 @@ class _RMSNorm(torch.autograd.Function):
 
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return w * x / rms(x), and 1 / rms(x), of shape (..., 1) in float32."""
-    if native.serves(x, weight):
+    if x.dtype != torch.float32 and native.serves(x, weight):
         return native.rms_norm(x, weight, epsilon)
     y = x.float()
-    # In float32 the very operations of transformers.
+    # In float32 the very operations of transformers, so that not a bit differs.
     scale = y.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     # In float32 `y` is `x` itself, which others still read.
     y = y * scale if y is x else y.mul_(scale)
@@ -83,7 +83,8 @@ def normed_backward(
 
     `added`, of the same shape, is a gradient of `x` from elsewhere.
     """
-    if native.serves(grad, x, weight, *([] if added is None else [added])):
+    others = (weight,) if added is None else (weight, added)
+    if x.dtype != torch.float32 and native.serves(grad, x, *others):
         return native.rms_norm_backward(grad, x, weight, scale, added)
     u = grad.float()
     u = u * weight if u is grad else u.mul_(weight)
@@ -131,7 +132,7 @@ def log_probabilities(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
     A row is normalised once, and of the words only those asked for are read: a row of the
     vocabulary for every token would be copied several times, forward and backward.
     """
-    if native.serves(logits):
+    if logits.dtype != torch.float32 and native.serves(logits):
         found: Tensor = _LogProbabilities.apply(logits, rows, words)  # type: ignore[no-untyped-call]
         return found
     return logits.log_softmax(-1, dtype=torch.float32)[rows, words]

@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llm_emo import errors, fetch, lean, native, native_lora
+from llm_emo import errors, fetch, lean, native, native_lora, projections
 
 SHAPES = [(1, 1), (3, 7), (5, 24), (70, 576), (2, 3, 24)]
 """The largest is shared by threads."""
@@ -385,3 +386,23 @@ def test_what_cannot_be_compiled_is_left_to_torch(fresh, monkeypatch, tmp_path, 
     assert not native.serves(drawn(2, 2))
     if cache.is_dir() and lacking != "function":
         assert not list(cache.glob("*/*"))
+
+
+def test_in_float32_a_norm_is_transformers_to_the_bit(library):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(24, 1e-5)
+    norm.weight.data.normal_()
+    x = torch.randn(7, 24)
+    assert torch.equal(lean.normed(x, norm.weight.detach(), 1e-5)[0], norm(x).detach())
+
+
+def test_lora_s_loops_never_meet_an_output_of_another_dtype(library, monkeypatch):
+    """As under autocast, where torch's product has bfloat16 for float32."""
+    group = projections.Group(
+        torch.randn(32, 32), None, (32,), (8,), 1.0, torch.float32, packed=None, compiled=True
+    )
+    monkeypatch.setattr(projections, "product", lambda x, group: x.bfloat16())
+    monkeypatch.setattr(native_lora, "lora", lambda *given: pytest.fail("it would write too much"))
+    adapters = [torch.randn(8, 32), torch.randn(32, 8)]
+    with pytest.raises(RuntimeError):
+        projections.project(torch.randn(5, 32), group, adapters, learning=True)
