@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from llm_emo import machine, memory, recipes
-from llm_emo.decoder_layer import packed_bytes
+from llm_emo.decoder_layer import head_of, packed_bytes
 from llm_emo.errors import RunError
 from llm_emo.experiment import Experiment
 from llm_emo.inference import targets
@@ -338,13 +338,18 @@ class Planner:
     def copies(self, drawing: meta.Drawing, checkpointing: bool) -> int:
         """Return the bytes of copies of weights (see `packed`).
 
-        One for evaluations; one for training too, where layers are written out then.
+        One for evaluations; one for training too, where layers are written out then. The head,
+        which has neither dropout nor checkpoints, is multiplied by copies in every training.
         """
         if self.place.kind != "cpu":
             return 0
         dropout = getattr(self.recipe.method, "dropout", 0.0)
-        trains = self.recipe.train is not None and not checkpointing and not dropout
-        return packed_bytes(drawing.model) * (2 if trains else 1)
+        kept = packed_bytes(drawing.model)
+        if not kept or self.recipe.train is None:
+            return kept
+        head = head_of(drawing.model)
+        alone = 0 if head is None else head.weight.nbytes
+        return kept + (alone if checkpointing or dropout else kept)
 
     def _bytes_per_weight(self, quantization: str) -> float:
         """Return the bytes that are moved to multiply with a weight once."""

@@ -305,16 +305,16 @@ def test_every_shipped_recipe_can_be_planned(name, shared_data: Path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "copies"),
+    ("recipe", "options", "copies", "heads"),
     [
-        ("mastodon/lora", (), 2),
-        ("mastodon/lora", ("train.gradient_checkpointing=true",), 1),
-        ("mastodon/lora", ("method.dropout=0.1",), 1),
-        ("mastodon/zero_shot", (), 1),
+        ("mastodon/lora", (), 2, 2),
+        ("mastodon/lora", ("train.gradient_checkpointing=true",), 1, 2),
+        ("mastodon/lora", ("method.dropout=0.1",), 1, 2),
+        ("mastodon/zero_shot", (), 1, 1),
     ],
 )
 def test_copies_of_weights_are_counted_where_there_are_any(
-    recipe, options, copies, tiny_folder, monkeypatch
+    recipe, options, copies, heads, tiny_folder, monkeypatch
 ):
     given = experiment(tiny_folder, "model.dtype=float32", *options, recipe=recipe)
     fixed = []
@@ -326,6 +326,7 @@ def test_copies_of_weights_are_counted_where_there_are_any(
     drawing = Planner(given, place).drawing("none")
     layers = drawing.base.get_decoder().layers.parameters()
     matrices = [p for p in layers if p.ndim == 2 and not p.requires_grad]
-    assert fixed[0] - fixed[1] == copies * sum(p.nbytes for p in matrices) > 0
+    head = drawing.base.get_output_embeddings().weight.nbytes
+    assert fixed[0] - fixed[1] == copies * sum(p.nbytes for p in matrices) + heads * head
     monkeypatch.setattr(decoder_layer, "worthwhile", lambda size: True)
     assert on_gpu(given, GIB).own.fixed == fixed[1]
