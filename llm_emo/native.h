@@ -50,6 +50,11 @@ static inline number narrow(float x) {
 }
 #endif
 
+/* exp(f) of a number or a vector, |f| <= log(2) / 2. */
+#define TAYLOR(f)                                                                            \
+    ((((((((f) * (1.0f / 5040) + 1.0f / 720) * (f) + 1.0f / 120) * (f) + 1.0f / 24) * (f) +  \
+        1.0f / 6) * (f) + 0.5f) * (f) + 1.0f) * (f) + 1.0f)
+
 /* exp(x) to 1e-7 of it, infinity above 87, 1e-38 below -87: 2^k exp(f), |f| <= log(2) / 2, by its
    Taylor series. Written out because compilers make no vectors of expf. */
 static inline float exponential(float x) {
@@ -57,18 +62,10 @@ static inline float exponential(float x) {
     y = y > 87.0f ? 87.0f : y;
     float k = rintf(y * 1.44269504f);
     float f = (y - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
     uint32_t bits = (uint32_t)((int32_t)k + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return x > 87.0f ? INFINITY : p * power;
+    return x > 87.0f ? INFINITY : TAYLOR(f) * power;
 }
 
 /* The same of numbers that are not above 0, in vectors; 0 below -87. */
@@ -77,15 +74,8 @@ static inline floats exponentials(floats x) {
     floats y = (floats)(seen & (words)x), shifted = y * 1.44269504f + 12582912.0f;
     floats k = shifted - 12582912.0f; /* to the nearest: 1.5 * 2^23 leaves no place for a half */
     floats f = (y - k * 0.693359375f) + k * 2.12194440e-4f;
-    floats p = f * (1.0f / 5040) + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
     /* k times 2^23, added to the exponent. */
-    return (floats)(seen & ((words)p + ((words)shifted << 23)));
+    return (floats)(seen & ((words)(TAYLOR(f)) + ((words)shifted << 23)));
 }
 
 /* sum + a b, of words. */
