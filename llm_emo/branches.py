@@ -1,27 +1,26 @@
-"""Attention over a trie in pieces: a trunk, and the branches that hang on it.
+"""Attention over a trie in pieces: rows of nodes that follow each other, and the path above each.
 
 A dense mask over N nodes computes N x N scores, most of them between texts that have nothing in
-common. Cut every largest subtree of at most W nodes off, and lay these branches into rows of W
-queries, as many into a row as fit; a row's queries attend to the trunk and to the row, in which a
-mask keeps branches apart. What is left is the trunk; its T nodes fill what room the rows have left
-and rows of their own, and attend to the trunk alone. With R rows that is R x W x (T + W) scores,
-every visible one among them, so the result is the same.
+common. Nodes are numbered depth-first, so of all nodes in front of a row a, a + 1, ..., its queries
+see ancestors of a and no others: k < a <= q < exit[k] says that a, too, is in k's subtree. So a row
+attends to the path to its first node and to itself, under a mask that keeps branches apart, and
+every visible pair of nodes is among these scores. Rows are a few nodes wide and begin where paths
+are short, such as at the next text.
 
-Every row gets a copy of the trunk's keys and values in front of its own, so that all of its scores
-are one product. Products with the trunk and with the row apart would copy nothing, but there would
-be twice as many of half the size, which several cores share badly. The copies are a part of what a
-cut costs: narrow rows have few scores and many copies.
+In compiled loops a row has as many columns as it needs. As products of a library all rows are one,
+so they are filled up to the widest; there every row gets a copy of its columns' keys and values,
+and copies are a part of what a cut costs: narrow rows have few scores and many copies.
 
-Letters: N nodes, T trunk, R rows, W their width, M = R x W places in rows, P prefix length,
-S = P + T what stands above the rows, C columns of a query's scores, H heads, G key-value heads,
-F = H / G, D head dimension.
+Letters: N nodes, R rows, W nodes of the widest, A nodes of the longest path, M = R x W places in
+rows, P prefix length, C columns of a query's scores (prefix, path, row, filling), H heads,
+G key-value heads, F = H / G, D head dimension.
 """
 
 import dataclasses
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,181 +29,193 @@ from torch import Tensor
 from llm_emo import native_attention
 
 SHARE = 0.7
-"""Of the dense scores: a cut that costs more is not worth its gathering."""
+"""Of the dense scores: rows filled up that cost more are not worth their gathering."""
 
-WIDTHS = 48
-"""For how many widths at most branches are laid into rows, those first that promise most."""
+WIDTH = 48
+"""Of rows for compiled loops, in nodes; in the second half of it they end where paths are short."""
+
+WIDTHS = range(8, 161, 4)
+"""Of rows as products, all of them full but the last; of these the cheapest."""
 
 COLUMNS = 32
 """Columns are filled up to a multiple of this: softmax in bfloat16 is slow over a ragged end."""
 
+Kept = TypeVar("Kept")
+
+
+class Filled(NamedTuple):
+    """Rows filled up to the widest, on the device of a pass."""
+
+    queries: Tensor
+    """The node of each place, shape (M,)."""
+    place: Tensor
+    """Where each node is among them, shape (N,)."""
+    columns: Tensor
+    """The node behind each column of each row, shape (R (C - P),), any behind filling."""
+    order: Tensor
+    """The columns of all rows without filling, sorted by their nodes."""
+    first: Tensor
+    """Where each node's begin among these, shape (N,)."""
+    bias: Tensor
+    """Shape (M, 1, C)."""
+
 
 @dataclass(frozen=True)
 class Branches:
-    """A trie cut into pieces.
+    """A trie cut into rows.
 
-    `trunk` (T,) and `rows` (R, W) hold node numbers; places that no node fills repeat their row's
-    first. `place` (N,) says where a node is among the M places. `above` (M, T) and `beside` (M, W)
-    say what a place's query sees of the trunk and of its own row.
+    `exit` (N,) is the trie's. Row r holds the nodes from `starts[r]` to `starts[r + 1]`, of shape
+    (R + 1,); the first `lengths[r]` of `paths[r]`, shapes (R,) and (R, A), are the ancestors of its
+    first node. All are int64, on the CPU.
     """
 
-    trunk: Tensor
-    rows: Tensor
-    place: Tensor
-    above: Tensor
-    beside: Tensor
+    exit: Tensor
+    starts: Tensor
+    paths: Tensor
+    lengths: Tensor
 
     def __getstate__(self) -> dict[str, Tensor]:
         """Leave out what was made for this process: it holds pointers."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
-    def cut(cls, exit: Tensor, above: Tensor, width: int) -> "Branches":
-        """Cut off every largest subtree of at most `width` nodes.
+    def cut(cls, exit: Tensor, depth: Tensor, width: int, least: int) -> "Branches":
+        """Cut a trie into rows.
 
         Args:
             exit: The node behind each node's subtree, shape (N,).
-            above: The size of the subtree of each node's parent, shape (N,); without one, more
-                than `width`.
-            width: W.
+            depth: How many ancestors each has, shape (N,).
+            width: W at most.
+            least: Of how many nodes rows are, but the last; behind as many, they end where the
+                path to the next is shortest, and of such places at the last.
         """
-        node = torch.arange(len(exit))
-        size = exit - node
-        cut = size <= width
-        trunk, roots = node[~cut], node[cut & (above > width)]
-        starts, full = _laid(size[roots].tolist(), width)
-        rows = max(full, -(-len(exit) // width))
+        ends, depths = exit.numpy(), depth.numpy()
+        starts = [0]
+        while len(ends) - starts[-1] > width:
+            first = starts[-1] + least
+            behind = depths[first : starts[-1] + width + 1][::-1]
+            starts.append(first + len(behind) - 1 - int(behind.argmin()))
+        lengths = depths[starts]
+        starts.append(len(ends))
+        paths = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+        for row, start in enumerate(starts[:-1]):
+            paths[row, : lengths[row]] = np.flatnonzero(ends[:start] > start)
+        numbers = (torch.as_tensor(one, dtype=torch.long) for one in (starts, paths, lengths))
+        return cls(exit, *numbers)
 
-        place = torch.empty_like(node)
-        # A branch's nodes follow each other, in numbers as in places.
-        place[cut] = node[cut] + (torch.tensor(starts) - roots).repeat_interleave(size[roots])
-        key = torch.zeros(rows * width, dtype=torch.bool)
-        key[place[cut]] = True
-        place[trunk] = (~key).nonzero()[: len(trunk), 0]
+    @property
+    def widths(self) -> Tensor:
+        """How many nodes each row has, shape (R,)."""
+        return self.starts.diff()
 
-        query = torch.full((rows * width,), -1)
-        query[place] = node
-        query = query.view(rows, width)
-        # Such a query sees the first node of its row, so that no softmax is empty; as a key nobody
-        # sees it a second time, nor the trunk.
-        query = torch.where(query < 0, query[:, :1], query)
-        beside = _sees(query[..., None], query[:, None], exit) & key.view(rows, 1, width)
-        above_ = _sees(query.flatten()[:, None], trunk, exit)
-        return cls(trunk, query, place, above_, beside.flatten(0, 1))
-
-    def cost(self, front: int, copied: float) -> float:
+    def cost(self, front: int, copied: float | None) -> float:
         """Return what the pieces cost, in scores of one head; see `cheapest`."""
-        rows, width = self.rows.shape
-        return rows * (front + len(self.trunk) + width) * (width + copied)
+        columns = front + self.lengths + self.widths
+        if copied is None:
+            return float((self.widths * columns).sum())
+        return float(len(columns) * (self.widths.max() + copied) * columns.max())
 
-    def bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
-        """Return what is added to scores, 0 or -inf, shape (M, 1, C): prefix, trunk, row, filling.
+    @cached_property
+    def queries(self) -> Tensor:
+        """The node of each place, shape (R, W); those that no node fills repeat their row's last.
 
-        Made once and kept, because all layers of a pass ask for the same; so are `columns`.
+        Such a query sees what that node sees, so that no softmax is empty; nobody gets its result.
         """
-        kept: dict[tuple[int, torch.dtype], Tensor] = self.__dict__.setdefault("_biases", {})
-        if (prefix, dtype) not in kept:
-            seen = torch.cat([self.above, self.beside], 1)
-            seen = torch.nn.functional.pad(seen, (prefix, 0), value=True)
-            seen = torch.nn.functional.pad(seen, (0, self._filling(prefix)))
-            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            kept[prefix, dtype] = bias.masked_fill_(~seen, -torch.inf)[:, None]
-        return kept[prefix, dtype]
+        inside = torch.arange(int(self.widths.max()))
+        return torch.minimum(self.starts[:-1, None] + inside, self.starts[1:, None] - 1)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Where each node is among the M places, shape (N,)."""
+        row = torch.arange(len(self.lengths)).repeat_interleave(self.widths)
+        return torch.arange(len(self.exit)) + row * self.queries.shape[1] - self.starts[row]
 
     def columns(self, prefix: int) -> Tensor:
-        """Return the nodes behind the columns of each row, shape (R, C - P)."""
-        kept: dict[int, Tensor] = self.__dict__.setdefault("_columns", {})
-        if prefix not in kept:
-            trunk = self.trunk.expand(len(self.rows), -1)
-            unseen = self.rows[:, :1].expand(-1, self._filling(prefix))  # any node
-            kept[prefix] = torch.cat([trunk, self.rows, unseen], 1)
-        return kept[prefix]
+        """Return the nodes behind the columns of each row, shape (R, C - P); -1 behind filling."""
+        used = self.lengths + self.widths
+        count = int(used.max())
+        at = torch.arange(count + -(prefix + count) % COLUMNS)
+        own = at - self.lengths[:, None]  # which node of the row
+        path = torch.nn.functional.pad(self.paths, (0, len(at) - self.paths.shape[1]))
+        nodes = torch.where(own < 0, path, self.starts[:-1, None] + own)
+        return nodes.masked_fill_(at >= used[:, None], -1)
+
+    def bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
+        """Return what is added to scores, 0 or -inf, shape (M, 1, C)."""
+        query, column = self.queries[..., None], self.columns(prefix)[:, None]
+        seen = (column >= 0) & (column <= query) & (query < self.exit[column])  # (R, W, C - P)
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return torch.nn.functional.pad(bias, (prefix, 0)).flatten(0, 1)[:, None]
+
+    def filled(self, prefix: int, dtype: torch.dtype, device: torch.device) -> Filled:
+        """Return what products of all rows read of this; made once, for all layers of a pass."""
+        key = (prefix, dtype, device)
+        return self._once(key, lambda: self._filled(prefix, dtype, device))
 
     def compiled(self, groups: int, nodes: Tensor, before: Tensor) -> native_attention.Pieces:
-        """Return what compiled loops read of this; see `forward` for the arguments."""
-        kept: dict[tuple[Any, ...], tuple[native_attention.Pieces, Tensor]]
-        kept = self.__dict__.setdefault("_compiled", {})
-        (rows, each), (_, length, size) = self.rows.shape, before.shape
+        """Return what compiled loops read of this, made once; see `forward` for the arguments."""
+        _, length, size = before.shape
         key = (length, groups, nodes.shape[1], size, nodes.dtype)
+        return self._once(key, lambda: self._compiled(groups, nodes, before))[0]
+
+    def _once(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        kept: dict[Any, Kept] = self.__dict__.setdefault("_kept", {})
         if key not in kept:
-            columns, bias = self.columns(length), self.bias(length, nodes.dtype)
-            seen = bias[:, 0] == 0
-            ends = (torch.arange(1, bias.shape[-1] + 1) * seen).amax(1)
-            parts = (columns, self.rows, self.place, bias, self.trunk, ends)
-            made = native_attention.Pieces(
-                *(part.data_ptr() for part in parts), rows, each, length,
-                length + len(self.trunk), bias.shape[-1], groups,
-                nodes.shape[1] // groups // size, size,
-            )  # fmt: skip
-            kept[key] = (made, ends)  # the other parts are kept by this
-        return kept[key][0]
+            kept[key] = make()
+        return kept[key]
 
-    def _filling(self, prefix: int) -> int:
-        return -(prefix + len(self.trunk) + self.rows.shape[1]) % COLUMNS
+    def _filled(self, prefix: int, dtype: torch.dtype, device: torch.device) -> Filled:
+        columns = self.columns(prefix).flatten()
+        nodes, order = columns.sort(stable=True)
+        filling = int((nodes < 0).sum())
+        first = torch.searchsorted(nodes[filling:], torch.arange(len(self.exit)))
+        parts = (self.queries.flatten(), self.place, columns.clamp(min=0), order[filling:], first)
+        return Filled(*(part.to(device) for part in (*parts, self.bias(prefix, dtype))))
 
-    def to(self, device: torch.device) -> "Branches":
-        """Return the pieces on `device`."""
-        return Branches(
-            *(getattr(self, field.name).to(device) for field in dataclasses.fields(self))
-        )
-
-
-def _sees(query: Tensor, key: Tensor, exit: Tensor) -> Tensor:
-    return (key <= query) & (query < exit[key])
-
-
-def _laid(sizes: Sequence[int], width: int) -> tuple[list[int], int]:
-    """Lay branches into rows of `width`: largest first, each where the least room stays.
-
-    Returns the place at which each begins, and the number of rows.
-    """
-    starts, rows = [0] * len(sizes), 0
-    room: list[tuple[int, int]] = []  # what is left of a row, and the row
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        size = sizes[number]
-        at = bisect_left(room, (size, 0))
-        if at < len(room):
-            left, row = room.pop(at)
-        else:
-            left, row, rows = width, rows, rows + 1
-        starts[number] = (row + 1) * width - left
-        if left > size:
-            insort(room, (left - size, row))
-    return starts, rows
+    def _compiled(
+        self, groups: int, nodes: Tensor, before: Tensor
+    ) -> tuple[native_attention.Pieces, tuple[Tensor, ...]]:
+        _, length, size = before.shape
+        bias, widths = self.bias(length, nodes.dtype), self.widths
+        columns = -(-(length + self.lengths + widths) // COLUMNS) * COLUMNS
+        scores = torch.nn.functional.pad((widths * columns).cumsum(0), (1, 0))
+        on_paths = torch.arange(self.paths.shape[1]) < self.lengths[:, None]
+        inner = torch.unique(self.paths[on_paths])
+        slots = torch.full_like(self.exit, -1)
+        slots[inner] = torch.arange(len(inner))
+        parts = (self.starts, self.lengths, self.paths, scores, inner, slots, bias)
+        pieces = native_attention.Pieces(
+            *(part.data_ptr() for part in parts),
+            len(self.lengths), int(widths.max()), length, self.paths.shape[1], len(inner),
+            bias.shape[-1], groups, nodes.shape[1] // groups // size, size, int(scores[-1]),
+        )  # fmt: skip
+        return pieces, parts  # pointers keep nothing alive
 
 
 def cheapest(
-    exit: Tensor, nodes: Tensor, *, front: int = 0, copied: float = 0.0
+    exit: Tensor, depth: Tensor, *, front: int = 0, copied: float | None = 0.0
 ) -> Branches | None:
     """Return the cut that costs least, or None where the dense mask is about as good.
 
-    A row has front + T + W columns. Each costs W scores, and a key and a value that are copied.
+    As products, a row has as many columns as the widest; each costs W scores, and a key and a value
+    that are copied.
 
     Args:
         exit: The node behind each node's subtree, shape (N,).
-        nodes: The node of every sequence's every token, -1 behind its end, shape (B, L).
+        depth: How many ancestors each has, shape (N,).
         front: Columns that stand in front of all nodes: a beginning's and a prefix's.
-        copied: What copying a node's key and value costs, in scores of one head.
+        copied: What copying a node's key and value costs, in scores of one head; None for compiled
+            loops, which need no copies and fill nothing up, so that every trie is worth cutting.
     """
-    size = exit - torch.arange(len(exit))
-    above = torch.full_like(size, len(exit) + 1)
-    inner = nodes[:, 1:] >= 0
-    above[nodes[:, 1:][inner]] = size[nodes[:, :-1][inner]]
-    sizes, parents = size.numpy(), above.numpy()
-    widths = np.arange(1, len(exit))
-    trunks = len(exit) - np.searchsorted(np.sort(sizes), widths, "right")
-    costs = (front + trunks + widths) * (widths + copied)  # of a row
-    fewest_rows = -(-len(exit) // widths)
+    if copied is None:
+        return Branches.cut(exit, depth, WIDTH, WIDTH // 2 + 1)
     best, least = None, SHARE * len(exit) * (front + len(exit))
-    for at in np.argsort(fewest_rows * costs, kind="stable")[:WIDTHS].tolist():
-        if fewest_rows[at] * costs[at] >= least:
-            break
-        width = int(widths[at])
-        _, rows = _laid(sizes[(sizes <= width) & (parents > width)].tolist(), width)
-        found = max(rows, int(fewest_rows[at])) * float(costs[at])
-        if found < least:
-            best, least = width, found
-    return None if best is None else Branches.cut(exit, above, best)
+    for width in WIDTHS:
+        longest = int(depth[::width].max())
+        cost = -(-len(exit) // width) * (width + copied) * (front + longest + width)
+        if cost < least:
+            best, least = width, cost
+    return None if best is None else Branches.cut(exit, depth, best, best)
 
 
 def attend(
@@ -229,16 +240,23 @@ def attend(
     nodes = query[0].transpose(0, 1).flatten(1)
     both = torch.cat([key[0], value[0]]).transpose(0, 1).flatten(1)
     before = prefix.permute(1, 2, 0, 3).flatten(0, 1)
-    out: Tensor = _Attend.apply(nodes, both, before, branches, scale)  # type: ignore[no-untyped-call]
+    learning = torch.is_grad_enabled()  # asked here: inside a function it is off
+    out: Tensor = _Attend.apply(nodes, both, before, branches, scale, learning)  # type: ignore[no-untyped-call]
     return out.view(1, len(out), -1, query.shape[-1])
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, nodes: Tensor, both: Tensor, before: Tensor, branches: Branches, scale: float
+        ctx: Any,
+        nodes: Tensor,
+        both: Tensor,
+        before: Tensor,
+        branches: Branches,
+        scale: float,
+        learning: bool,
     ) -> Tensor:
-        out, saved = forward(nodes, both, before, branches, scale)
+        out, saved = forward(nodes, both, before, branches, scale, learning=learning)
         ctx.save_for_backward(*saved)
         ctx.queries = nodes.shape[1]
         ctx.branches, ctx.scale = branches, scale
@@ -248,14 +266,20 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dnodes, dbefore = backward(grad, ctx.saved_tensors, ctx.branches, ctx.scale)
-        return *dnodes.tensor_split([ctx.queries], 1), dbefore, None, None
+        return *dnodes.tensor_split([ctx.queries], 1), dbefore, None, None, None
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def forward(
-    nodes: Tensor, both: Tensor, before: Tensor, branches: Branches, scale: float
+    nodes: Tensor,
+    both: Tensor,
+    before: Tensor,
+    branches: Branches,
+    scale: float,
+    *,
+    learning: bool,
 ) -> tuple[Tensor, Saved]:
     """Attend, and return the result, shape (N, H*D), with what `backward` needs.
 
@@ -269,24 +293,27 @@ def forward(
         before: Keys, then values, that every node sees, shape (2G, P, D).
         branches: The trie's pieces.
         scale: What scores are multiplied by.
+        learning: Whether there will be a backward pass.
     """
-    (rows, each), (parts, length, size) = branches.rows.shape, before.shape
+    parts, length, size = before.shape
     groups = parts // 2
     if native_attention.attends(nodes, both, before):
         before = before.contiguous()
         pieces = branches.compiled(groups, nodes, before)
-        out, shares = native_attention.attend(nodes, both, before, pieces, scale)
+        out, shares = native_attention.attend(nodes, both, before, pieces, scale, keep=learning)
         return out, (nodes, both, shares, before)
-    q = _grouped(nodes.index_select(0, branches.rows.flatten()), groups)
+    rows, filled = len(branches.lengths), branches.filled(length, nodes.dtype, nodes.device)
+    each = len(filled.queries) // rows
+    q = _grouped(nodes.index_select(0, filled.queries), groups)
     q = q.view(groups * rows, -1, size).mul_(scale)  # (G*R, W*F, D)
-    own = both.index_select(0, branches.columns(length).flatten()).view(rows, -1, parts, size)
+    own = both.index_select(0, filled.columns).view(rows, -1, parts, size)
     front = before[:, None].expand(-1, rows, -1, -1)
     kv = torch.cat([front, own.permute(2, 0, 1, 3)], 2).view(2, groups * rows, -1, size)
 
-    bias = branches.bias(length, nodes.dtype)
-    shares = q.new_empty(groups, rows * each, q.shape[1] // each, bias.shape[-1]).copy_(bias)
+    width = filled.bias.shape[-1]
+    shares = q.new_empty(groups, rows * each, q.shape[1] // each, width).copy_(filled.bias)
     shares = shares.view(*q.shape[:2], -1).baddbmm_(q, kv[0].transpose(1, 2)).softmax(-1)
-    return _ungrouped(shares @ kv[1], branches, groups), (q, kv, shares, before)
+    return _ungrouped(shares @ kv[1], filled, groups), (q, kv, shares, before)
 
 
 def backward(grad: Tensor, saved: Saved, branches: Branches, scale: float) -> tuple[Tensor, Tensor]:
@@ -295,26 +322,25 @@ def backward(grad: Tensor, saved: Saved, branches: Branches, scale: float) -> tu
     `grad` has shape (N, H*D).
     """
     q, kv, shares, before = saved
-    if shares.dim() == 4:  # as compiled loops leave them
+    if shares.dim() == 1:  # as compiled loops leave them
         pieces = branches.compiled(len(before) // 2, q, before)
         return native_attention.attend_backward(grad, shares, q, kv, before, pieces, scale)
-    (rows, each), (parts, length, size) = branches.rows.shape, before.shape
-    groups, above = parts // 2, length + len(branches.trunk)
+    rows, (parts, length, size) = len(branches.lengths), before.shape
+    groups, filled = parts // 2, branches.filled(length, q.dtype, q.device)
     # A place that no node fills gets no gradient.
-    nodes = grad.new_zeros(rows * each, grad.shape[1]).index_copy_(0, branches.place, grad)
+    nodes = grad.new_zeros(len(filled.queries), grad.shape[1]).index_copy_(0, filled.place, grad)
     g = _grouped(nodes, groups).view_as(q)
     ds = torch._softmax_backward_data(g @ kv[1].transpose(1, 2), shares, -1, shares.dtype)
-    dnodes = _ungrouped(ds @ kv[0], branches, groups).mul_(scale)
+    dnodes = _ungrouped(ds @ kv[0], filled, groups).mul_(scale)
 
     dkv = torch.empty_like(kv)
     torch.bmm(ds.transpose(1, 2), q, out=dkv[0])
     torch.bmm(shares.transpose(1, 2), g, out=dkv[1])
     dkv = dkv.view(parts, rows, -1, size)
-    dup = dkv[:, :, :above].sum(1)  # (2G, S, D)
-    drow = dkv[:, :, above : above + each].permute(1, 2, 0, 3).flatten(0, 1)  # (M, 2G, D)
-    dboth = drow.index_select(0, branches.place)  # (N, 2G, D)
-    dboth.index_copy_(0, branches.trunk, dup[:, length:].transpose(0, 1))
-    return torch.cat([dnodes, dboth.flatten(1)], 1), dup[:, :length]
+    # Of each node the sum over all columns that it is behind.
+    columns = dkv[:, :, length:].permute(1, 2, 0, 3).flatten(0, 1).flatten(1)
+    dboth, *_ = torch.embedding_bag(columns, filled.order, filled.first)
+    return torch.cat([dnodes, dboth], 1), dkv[:, :, :length].sum(1)
 
 
 def _grouped(nodes: Tensor, groups: int) -> Tensor:
@@ -323,7 +349,7 @@ def _grouped(nodes: Tensor, groups: int) -> Tensor:
     return apart.transpose(0, 1).contiguous()
 
 
-def _ungrouped(places: Tensor, branches: Branches, groups: int) -> Tensor:
+def _ungrouped(places: Tensor, filled: Filled, groups: int) -> Tensor:
     """Return (G*R, W*F, D), gathered at each node's place, as (N, G*F*D)."""
-    parts = places.view(groups, branches.rows.numel(), -1)  # (G, M, F*D)
-    return parts.transpose(0, 1).index_select(0, branches.place).flatten(1)
+    parts = places.view(groups, len(filled.queries), -1)  # (G, M, F*D)
+    return parts.transpose(0, 1).index_select(0, filled.place).flatten(1)

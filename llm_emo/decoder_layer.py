@@ -316,7 +316,9 @@ class _Layer(torch.autograd.Function):
             before = prefix.permute(1, 2, 0, 3).flatten(0, 1)  # (2G, P, D)
             if what.cache is not None:
                 before = torch.cat([before, _remembered(what, both, groups)], 1)
-            attended, saved = pieces.forward(q, both, before, what.branches, what.attention_scale)
+            attended, saved = pieces.forward(
+                q, both, before, what.branches, what.attention_scale, learning=what.learning
+            )
         del heads, q, both
         if not what.learning:  # scores are the largest of all that a layer computes
             del saved, first

@@ -2,12 +2,13 @@
 
    One row of queries at a time, for the heads that share a key-value head: its scores, their softmax
    and the values, while all of it is in a core's cache. Queries, keys and values are read where they
-   stand, node by node; keys and values of a row's columns are laid out in words first, those above
-   all rows once.
+   stand, node by node; keys and values of a row's columns are laid out in words first, but those of
+   which a thread's row before had the same.
 
-   Letters as there: N nodes, R rows, W their width, S columns above the rows, C all columns, a
-   multiple of COLUMNS, G key-value heads, F heads of each, D head dimension, a multiple of COLUMNS.
-   Of a row's queries, i = w F + f. */
+   Letters as there: N nodes, R rows, W nodes of the widest, A nodes of the longest path, P columns
+   before all, T nodes on paths, C columns of a query's bias, a multiple of COLUMNS, G key-value
+   heads, F heads of each, D head dimension, a multiple of COLUMNS. Of a row's queries, i = w F + f;
+   of its columns the first P are before all, then come its path and its nodes. */
 
 #include <omp.h>
 
@@ -17,14 +18,55 @@
 
 /* The pieces, and the sizes of a pass. */
 typedef struct {
-    const int64_t *columns; /* (R, C - P), the nodes behind the columns after those before all */
-    const int64_t *rows;    /* (R, W), the nodes of queries */
-    const int64_t *place;   /* (N), where a node is among the R W places */
-    const number *bias;   /* (R W, C), added to scores */
-    const int64_t *trunk;   /* (S - P) */
-    const int64_t *ends;    /* (R W), the columns up to the last that a query sees */
-    int64_t R, W, P, S, C, G, F, D;
+    const int64_t *starts;  /* (R + 1), each row's first node, and N */
+    const int64_t *lengths; /* (R), of their paths */
+    const int64_t *paths;   /* (R, A), nodes */
+    const int64_t *scores;  /* (R + 1), how many a head has in the rows before */
+    const int64_t *inner;   /* (T), the nodes on paths */
+    const int64_t *slots;   /* (N), where a node is among them, or -1 */
+    const number *bias;     /* (R W, C), added to scores */
+    int64_t R, W, P, A, T, C, G, F, D;
 } pieces;
+
+/* Columns above the nodes of row r. */
+static inline int64_t above(const pieces *p, int64_t r) { return p->P + p->lengths[r]; }
+
+/* Nodes of row r. */
+static inline int64_t nodes_of(const pieces *p, int64_t r) {
+    return p->starts[r + 1] - p->starts[r];
+}
+
+/* A number of columns, filled up. */
+static inline int64_t filled(int64_t columns) {
+    return (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+}
+
+/* The node behind column c of row r, of those that are not before all. */
+static inline int64_t node_of(const pieces *p, int64_t r, int64_t c) {
+    int64_t at = c - above(p, r);
+    if (at < 0) return p->paths[r * p->A + c - p->P];
+    return p->starts[r] + (at < nodes_of(p, r) ? at : 0); /* filling: any */
+}
+
+/* How many columns row r begins with that another begins with, too. */
+static int64_t common(const pieces *p, int64_t r, int64_t other) {
+    int64_t most = above(p, other) + nodes_of(p, other), c = p->P;
+    if (above(p, r) < most) most = above(p, r);
+    while (c < most && node_of(p, r, c) == node_of(p, other, c)) c++;
+    return c;
+}
+
+/* The tasks of a thread, of G R: about as many scores as others have. Which they are, and with that
+   the order of sums, depends on nothing else. */
+static void share_of(const pieces *p, int64_t thread, int64_t team, int64_t *from, int64_t *to) {
+    int64_t all = p->scores[p->R];
+    *from = *to = p->G * p->R;
+    for (int64_t task = p->G * p->R - 1; task >= 0; task--) {
+        int64_t before = team * (task / p->R * all + p->scores[task % p->R]);
+        if (before >= thread * p->G * all) *from = task;
+        if (before >= (thread + 1) * p->G * all) *to = task;
+    }
+}
 
 /* Keys and values: (N, 2 G D), rows `stride` apart, and those before all, (2 G, P, D). */
 typedef struct {
@@ -34,15 +76,16 @@ typedef struct {
 
 /* The key (part g) or value (part G + g) behind column c of row r. */
 static inline const number *behind(const pieces *p, const states *s, int64_t r, int64_t part,
-                                     int64_t c) {
+                                   int64_t c) {
     if (c < p->P) return s->before + (part * p->P + c) * p->D;
-    return s->both + p->columns[r * (p->C - p->P) + c - p->P] * s->stride + part * p->D;
+    return s->both + node_of(p, r, c) * s->stride + part * p->D;
 }
 
-/* Columns from `first`: the words of a column one below another. */
+/* Columns of row r from `first`: the words of a column one below another. */
 static void lay_down(const pieces *p, const states *s, int64_t r, int64_t part, int64_t first,
                      number *out) {
-    for (int64_t c = first; c < p->C; c++) {
+    int64_t end = filled(above(p, r) + nodes_of(p, r));
+    for (int64_t c = first; c < end; c++) {
         const number *x = behind(p, s, r, part, c);
         for (int64_t d = 0; d < p->D / PER; d++)
             memcpy(out + (d * p->C + c) * PER, x + PER * d, 4);
@@ -72,10 +115,11 @@ static inline void columns_of(const number *x, const number *y, int64_t count, i
         memset(out + (k * C + PER * count), 0, PER * (C - count) * sizeof *out);
 }
 
-/* Columns from `first`, which is even: two by two, side by side. */
+/* The same, two by two, side by side. */
 static void lay_across(const pieces *p, const states *s, int64_t r, int64_t part, int64_t first,
                        number *out) {
-    for (int64_t c = first; c < p->C; c += 2)
+    int64_t end = filled(above(p, r) + nodes_of(p, r));
+    for (int64_t c = first / 2 * 2; c < end; c += 2)
         side_by_side(behind(p, s, r, part, c), behind(p, s, r, part, c + 1), p->D, p->D,
                      out + c * p->D);
 }
@@ -95,20 +139,6 @@ static inline __attribute__((always_inline)) void multiply(const number *const *
         }
     }
     for (int64_t i = 0; i < ROWS; i++) sums[i][0] = low[i], sums[i][1] = high[i];
-}
-
-/* Of query i of row r: its node, or -1 where the place is filled up. */
-static inline int64_t owner(const pieces *p, int64_t r, int64_t i) {
-    int64_t at = r * p->W + i / p->F, node = p->rows[at];
-    return p->place[node] == at ? node : -1;
-}
-
-/* Columns up to the last that one of ROWS queries of row r sees, a multiple of COLUMNS. */
-static inline int64_t end_of(const pieces *p, int64_t r, int64_t start) {
-    int64_t end = 0;
-    for (int64_t w = start / p->F; w < p->W && w * p->F < start + ROWS; w++)
-        if (p->ends[r * p->W + w] > end) end = p->ends[r * p->W + w];
-    return (end + COLUMNS - 1) / COLUMNS * COLUMNS;
 }
 
 /* out = softmax(scale x + bias), of C numbers; x is written over. */
@@ -139,51 +169,52 @@ static void softmax_backward(const float *x, const number *share, int64_t C, num
 }
 
 /* Numbers that a thread needs room for; a float takes PER. */
-int64_t attend_room(const pieces *p) { return 2 * p->C * p->D + PER * ROWS * p->C; }
+int64_t attend_room(const pieces *p) { return 2 * p->C * p->D + (PER + 1) * ROWS * p->C; }
 
-/* out (N, G F D) of queries q (N, G F D), `stride` apart; shares (G, R, W F, C). */
+/* out (N, G F D) of queries q (N, G F D), `stride` apart; shares, for each g and row (W F, C), of
+   its own nodes and columns; where it is NULL nobody asks for them. */
 void attend(const pieces *p, const states *s, const number *q, int64_t stride, float scale,
             number *out, number *shares, int64_t threads, number *room) {
-    int64_t each = p->W * p->F, heads = p->G * p->F, size = attend_room(p);
-#pragma omp parallel num_threads(threads) if (p->G * p->R * each * p->C > SMALL)
+    int64_t F = p->F, D = p->D, C = p->C, size = attend_room(p), all = p->scores[p->R];
+#pragma omp parallel num_threads(threads) if (p->G * F * all > SMALL)
     {
-        number *keys = room + omp_get_thread_num() * size, *values = keys + p->C * p->D;
-        float *x = (float *)(values + p->C * p->D);
-        int64_t laid = -1;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < p->G * p->R; task++) {
-            int64_t g = task / p->R, r = task % p->R;
-            lay_down(p, s, r, g, laid == g ? p->S : 0, keys);
-            lay_across(p, s, r, p->G + g, laid == g ? p->S / 2 * 2 : 0, values);
-            laid = g;
-            for (int64_t start = 0; start < each; start += ROWS) {
+        number *keys = room + omp_get_thread_num() * size, *values = keys + C * D;
+        float *x = (float *)(values + C * D);
+        number *passing = (number *)(x + ROWS * C);
+        int64_t task, end_of_tasks, laid = -1;
+        share_of(p, omp_get_thread_num(), omp_get_num_threads(), &task, &end_of_tasks);
+        for (; task < end_of_tasks; task++) {
+            int64_t g = task / p->R, r = task % p->R, start = p->starts[r], S = above(p, r);
+            int64_t each = nodes_of(p, r) * F, columns = filled(S + nodes_of(p, r));
+            int64_t same = r && laid == task - 1 ? common(p, r, r - 1) : 0;
+            lay_down(p, s, r, g, same, keys);
+            lay_across(p, s, r, p->G + g, same, values);
+            laid = task;
+            for (int64_t first = 0; first < each; first += ROWS) {
                 const number *a[ROWS];
                 floats sums[ROWS][2];
-                int64_t count = each - start < ROWS ? each - start : ROWS;
-                int64_t end = end_of(p, r, start);
+                int64_t count = each - first < ROWS ? each - first : ROWS;
+                int64_t end = filled(S + (first + count - 1) / F + 1); /* nobody sees behind */
                 for (int64_t k = 0; k < ROWS; k++) {
-                    int64_t i = start + (k < count ? k : count - 1);
-                    int64_t node = p->rows[r * p->W + i / p->F];
-                    a[k] = q + node * stride + (g * p->F + i % p->F) * p->D;
+                    int64_t i = first + (k < count ? k : count - 1);
+                    a[k] = q + (start + i / F) * stride + (g * F + i % F) * D;
                 }
                 for (int64_t c = 0; c < end; c += COLUMNS) {
-                    multiply(a, PER, keys + PER * c, PER * p->C, p->D / PER, sums);
-                    for (int64_t k = 0; k < ROWS; k++) memcpy(x + k * p->C + c, sums[k], 128);
+                    multiply(a, PER, keys + PER * c, PER * C, D / PER, sums);
+                    for (int64_t k = 0; k < ROWS; k++) memcpy(x + k * C + c, sums[k], 128);
                 }
+                number *share = passing;
+                if (shares) share = shares + F * (g * all + p->scores[r]) + first * columns;
                 for (int64_t k = 0; k < ROWS; k++) {
-                    int64_t i = start + (k < count ? k : count - 1);
-                    number *share = shares + (task * each + i) * p->C;
-                    if (k < count)
-                        softmax(x + k * p->C, p->bias + (r * p->W + i / p->F) * p->C, scale, end,
-                                share);
-                    a[k] = share;
+                    const number *bias = p->bias + (r * p->W + (first + k) / F) * C;
+                    if (k < count) softmax(x + k * C, bias, scale, end, share + k * columns);
+                    a[k] = share + (k < count ? k : count - 1) * columns;
                 }
-                for (int64_t d = 0; d < p->D; d += COLUMNS) {
-                    multiply(a, PER, values + PER * d, PER * p->D, end / PER, sums);
+                for (int64_t d = 0; d < D; d += COLUMNS) {
+                    multiply(a, PER, values + PER * d, PER * D, end / PER, sums);
                     for (int64_t k = 0; k < count; k++) {
-                        int64_t i = start + k, node = owner(p, r, i);
-                        if (node < 0) continue;
-                        number *to = out + (node * heads + g * p->F + i % p->F) * p->D + d;
+                        int64_t i = first + k;
+                        number *to = out + ((start + i / F) * p->G * F + g * F + i % F) * D + d;
                         put(to, sums[k][0]);
                         put(to + LANES, sums[k][1]);
                     }
@@ -195,9 +226,9 @@ void attend(const pieces *p, const states *s, const number *q, int64_t stride, f
 
 /* The same of `attend_backward`. */
 int64_t attend_backward_room(const pieces *p) {
-    int64_t each = (p->W * p->F + ROWS - 1) / ROWS * ROWS;
-    return PER * (2 * p->G * p->S * p->D + ROWS * p->C) + 2 * p->C * p->D + ROWS * p->C +
-           2 * each * (p->C + p->D) + p->D;
+    int64_t full = (p->W * p->F + ROWS - 1) / ROWS * ROWS;
+    return PER * (2 * p->G * (p->P + p->T) * p->D + ROWS * p->C) + 2 * p->C * p->D + ROWS * p->C +
+           2 * full * (p->C + p->D) + p->D;
 }
 
 /* The gradients of queries, keys and values, (N, (F + 2) G D), and of keys and values before all,
@@ -205,60 +236,66 @@ int64_t attend_backward_room(const pieces *p) {
 void attend_backward(const pieces *p, const states *s, const number *q, int64_t stride,
                      float scale, const number *grad, const number *shares, number *dnodes,
                      number *dbefore, int64_t threads, number *room) {
-    int64_t G = p->G, F = p->F, D = p->D, C = p->C, S = p->S, W = p->W, P = p->P;
-    int64_t each = W * F, full = (each + ROWS - 1) / ROWS * ROWS, wide_row = (F + 2) * G * D;
-    int64_t size = attend_backward_room(p), above = 2 * G * S * D;
-#pragma omp parallel num_threads(threads) if (G * p->R * each * C > SMALL)
+    int64_t G = p->G, F = p->F, D = p->D, C = p->C, P = p->P, wide_row = (F + 2) * G * D;
+    int64_t most = (p->W * F + ROWS - 1) / ROWS * ROWS, all = p->scores[p->R];
+    int64_t size = attend_backward_room(p), shared = P + p->T;
+#pragma omp parallel num_threads(threads) if (G * F * all > SMALL)
     {
         number *own = room + omp_get_thread_num() * size;
-        float *sum = (float *)own; /* (2 G, S, D): of keys and values above all rows */
-        float *x = sum + above;
-        number *values = own + PER * (above + ROWS * C), *keys = values + C * D, *ds = keys + C * D;
-        number *ds_words = ds + ROWS * C, *share_words = ds_words + full * C;
-        number *q_words = share_words + full * C, *g_words = q_words + full * D;
-        number *zeros = g_words + full * D;
-        memset(sum, 0, above * sizeof *sum);
+        float *sum = (float *)own; /* (2 G, P + T, D): of columns that several rows have */
+        float *x = sum + 2 * G * shared * D;
+        number *values = (number *)(x + ROWS * C), *keys = values + C * D, *ds = keys + C * D;
+        number *ds_words = ds + ROWS * C, *share_words = ds_words + most * C;
+        number *q_words = share_words + most * C, *g_words = q_words + most * D;
+        number *zeros = g_words + most * D;
+        memset(sum, 0, 2 * G * shared * D * sizeof *sum);
         memset(zeros, 0, D * sizeof *zeros);
-        int64_t laid = -1;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < G * p->R; task++) {
-            int64_t g = task / p->R, r = task % p->R;
-            lay_down(p, s, r, G + g, laid == g ? S : 0, values);
-            lay_across(p, s, r, g, laid == g ? S / 2 * 2 : 0, keys);
-            laid = g;
-            for (int64_t start = 0; start < full; start += ROWS) {
+        int64_t task, end_of_tasks, laid = -1;
+        share_of(p, omp_get_thread_num(), omp_get_num_threads(), &task, &end_of_tasks);
+        for (; task < end_of_tasks; task++) {
+            int64_t g = task / p->R, r = task % p->R, start = p->starts[r], S = above(p, r);
+            int64_t W = nodes_of(p, r), each = W * F, full = (each + ROWS - 1) / ROWS * ROWS;
+            int64_t columns = filled(S + W);
+            int64_t same = r && laid == task - 1 ? common(p, r, r - 1) : 0;
+            const number *given = shares + F * (g * all + p->scores[r]);
+            lay_down(p, s, r, G + g, same, values);
+            lay_across(p, s, r, g, same, keys);
+            laid = task;
+            for (int64_t first = 0; first < full; first += ROWS) {
                 const number *a[ROWS], *query[ROWS], *share[ROWS];
                 floats sums[ROWS][2];
-                int64_t end = end_of(p, r, start);
+                int64_t last = first + ROWS < each ? first + ROWS - 1 : each - 1;
+                int64_t end = filled(S + last / F + 1);
                 for (int64_t k = 0; k < ROWS; k++) {
-                    int64_t i = start + k < each ? start + k : each - 1;
-                    int64_t node = p->rows[r * W + i / F], head = g * F + i % F;
+                    int64_t i = first + k < each ? first + k : each - 1;
+                    int64_t node = start + i / F, head = g * F + i % F;
                     query[k] = q + node * stride + head * D;
-                    share[k] = shares + (task * each + i) * C;
-                    /* Places that no node fills, and what is computed beyond the last. */
-                    int64_t gets = start + k < each && owner(p, r, i) >= 0;
-                    a[k] = gets ? grad + (node * G * F + head) * D : zeros;
+                    share[k] = given + i * columns;
+                    /* What is computed beyond the last. */
+                    a[k] = first + k < each ? grad + (node * G * F + head) * D : zeros;
                 }
                 for (int64_t k = 0; k < ROWS; k += 2) {
-                    side_by_side(query[k], query[k + 1], D, D, q_words + (start + k) * D);
-                    side_by_side(a[k], a[k + 1], D, D, g_words + (start + k) * D);
-                    columns_of(share[k], share[k + 1], end, C, share_words + (start + k) * C);
+                    side_by_side(query[k], query[k + 1], D, D, q_words + (first + k) * D);
+                    side_by_side(a[k], a[k + 1], D, D, g_words + (first + k) * D);
+                    columns_of(share[k], share[k + 1], end, columns,
+                               share_words + (first + k) * columns);
                 }
                 for (int64_t c = 0; c < end; c += COLUMNS) {
                     multiply(a, PER, values + PER * c, PER * C, D / PER, sums);
-                    for (int64_t k = 0; k < ROWS; k++) memcpy(x + k * C + c, sums[k], 128);
+                    for (int64_t k = 0; k < ROWS; k++)
+                        memcpy(x + k * columns + c, sums[k], 128);
                 }
                 for (int64_t k = 0; k < ROWS; k++)
-                    softmax_backward(x + k * C, share[k], end, ds + k * C);
+                    softmax_backward(x + k * columns, share[k], end, ds + k * columns);
                 for (int64_t k = 0; k < ROWS; k += 2)
-                    columns_of(ds + k * C, ds + (k + 1) * C, end, C, ds_words + (start + k) * C);
-                for (int64_t k = 0; k < ROWS; k++) a[k] = ds + k * C;
+                    columns_of(ds + k * columns, ds + (k + 1) * columns, end, columns,
+                               ds_words + (first + k) * columns);
+                for (int64_t k = 0; k < ROWS; k++) a[k] = ds + k * columns;
                 for (int64_t d = 0; d < D; d += COLUMNS) {
                     multiply(a, PER, keys + PER * d, PER * D, end / PER, sums);
-                    for (int64_t k = 0; k < ROWS && start + k < each; k++) {
-                        int64_t i = start + k, node = owner(p, r, i);
-                        if (node < 0) continue;
-                        number *to = dnodes + node * wide_row + (g * F + i % F) * D + d;
+                    for (int64_t k = 0; k < ROWS && first + k < each; k++) {
+                        int64_t i = first + k;
+                        number *to = dnodes + (start + i / F) * wide_row + (g * F + i % F) * D + d;
                         put(to, sums[k][0] * scale);
                         put(to + LANES, sums[k][1] * scale);
                     }
@@ -276,45 +313,48 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
                         const number *a[ROWS];
                         floats sums[ROWS][2];
                         for (int64_t k = 0; k < ROWS; k++)
-                            a[k] = from + hidden * C + PER * (first + k);
-                        multiply(a, PER * C, to + hidden * D + PER * d, PER * D,
+                            a[k] = from + hidden * columns + PER * (first + k);
+                        multiply(a, PER * columns, to + hidden * D + PER * d, PER * D,
                                  (full - hidden) / PER, sums);
                         for (int64_t k = 0; k < ROWS && first + k < S + W; k++) {
-                            int64_t c = first + k;
+                            int64_t c = first + k, slot = c;
                             floats one = sums[k][0] * by, two = sums[k][1] * by;
-                            if (c < S) {
-                                float *all = sum + (part * S + c) * D + d;
-                                floats old[2];
-                                memcpy(old, all, sizeof old);
-                                old[0] += one, old[1] += two;
-                                memcpy(all, old, sizeof old);
-                                continue;
+                            if (c >= P) {
+                                int64_t node = node_of(p, r, c);
+                                slot = p->slots[node];
+                                if (slot < 0) { /* on no path: a column of this row only */
+                                    number *out = dnodes + node * wide_row + (F * G + part) * D + d;
+                                    put(out, one);
+                                    put(out + LANES, two);
+                                    continue;
+                                }
+                                slot += P;
                             }
-                            int64_t node = p->rows[r * W + c - S];
-                            if (p->place[node] != r * W + c - S) continue;
-                            number *out = dnodes + node * wide_row + (F * G + part) * D + d;
-                            put(out, one);
-                            put(out + LANES, two);
+                            float *to_sum = sum + (part * shared + slot) * D + d;
+                            floats old[2];
+                            memcpy(old, to_sum, sizeof old);
+                            old[0] += one, old[1] += two;
+                            memcpy(to_sum, old, sizeof old);
                         }
                     }
                 }
             }
         }
-        /* A node above all rows may fill a place, too; as a key it is nowhere but here. */
         int64_t team = omp_get_num_threads();
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < 2 * G * S; at++) {
-            int64_t part = at / S, c = at % S;
+        for (int64_t at = 0; at < 2 * G * shared; at++) {
+            int64_t part = at / shared, c = at % shared;
             number *to = c < P ? dbefore + (part * P + c) * D
-                                 : dnodes + p->trunk[c - P] * wide_row + (F * G + part) * D;
+                               : dnodes + p->inner[c - P] * wide_row + (F * G + part) * D;
             for (int64_t d = 0; d < D; d += LANES) {
-                floats all = {};
+                floats total_of_all = {};
                 for (int64_t thread = 0; thread < team; thread++) {
                     floats one;
                     memcpy(&one, (float *)(room + thread * size) + at * D + d, sizeof one);
-                    all += one;
+                    total_of_all += one;
                 }
-                put(to + d, all);
+                put(to + d, total_of_all);
             }
         }
     }

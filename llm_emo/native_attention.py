@@ -1,7 +1,6 @@
 """Attention over a trie in pieces, compiled: `native_attention.c`, as `branches.py` calls it.
 
-Letters as there: N nodes, P prefix length, C columns, G key-value heads, F heads of each, D head
-dimension.
+Letters as there: N nodes, P prefix length, G key-value heads, F heads of each, D head dimension.
 """
 
 import ctypes
@@ -22,8 +21,12 @@ class Pieces(ctypes.Structure):
     """
 
     _fields_ = (
-        *((name, POINTER) for name in ("columns", "rows", "place", "bias", "trunk", "ends")),
-        *((name, COUNT) for name in "RWPSCGFD"),
+        *(
+            (name, POINTER)
+            for name in ("starts", "lengths", "paths", "scores", "inner", "slots", "bias")
+        ),
+        *((name, COUNT) for name in "RWPATCGFD"),
+        ("all_scores", COUNT),
     )
 
 
@@ -31,20 +34,26 @@ class _States(ctypes.Structure):
     _fields_ = (("both", POINTER), ("before", POINTER), ("stride", COUNT))
 
 
+def attends_in(dtype: torch.dtype, size: int) -> bool:
+    """Whether loops serve such numbers, in heads of this size, where they lie as they should."""
+    return size % COLUMNS == 0 and multiplies(dtype)
+
+
 def attends(nodes: Tensor, both: Tensor, before: Tensor) -> bool:
     """Whether loops serve such queries, keys and values (see `attend`)."""
     return (
-        before.shape[-1] % COLUMNS == 0
-        and nodes.stride(-1) == both.stride(-1) == 1
+        nodes.stride(-1) == both.stride(-1) == 1
         and serves(nodes, both, before)
-        and multiplies(nodes.dtype)
+        and attends_in(nodes.dtype, before.shape[-1])
     )
 
 
 def attend(
-    nodes: Tensor, both: Tensor, before: Tensor, pieces: Pieces, scale: float
+    nodes: Tensor, both: Tensor, before: Tensor, pieces: Pieces, scale: float, *, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return what queries attend to, (N, G*F*D), and their shares in it, (G, R, W*F, C).
+    """Return what queries attend to, (N, G*F*D), and their shares in it, if they are to be kept.
+
+    Of each key-value head, row and query there are as many as the row has columns, filled up.
 
     Args:
         nodes: Queries, shape (N, G*F*D), each row contiguous.
@@ -52,15 +61,16 @@ def attend(
         before: Keys, then values, that every node sees, shape (2G, P, D), contiguous.
         pieces: Of the trie.
         scale: What scores are multiplied by.
+        keep: Whether shares are asked for, which the backward pass reads.
     """
     out = nodes.new_empty(nodes.shape)
-    shares = nodes.new_empty(pieces.G, pieces.R, pieces.W * pieces.F, pieces.C)
+    shares = nodes.new_empty(pieces.G * pieces.F * pieces.all_scores if keep else 0)
     threads, at = _threads(pieces), ctypes.byref(pieces)
     room = nodes.new_empty(threads * library(nodes.dtype).attend_room(at))
     states = _States(both.data_ptr(), before.data_ptr(), both.stride(0))
     library(nodes.dtype).attend(
         at, ctypes.byref(states), nodes.data_ptr(), nodes.stride(0), scale,
-        out.data_ptr(), shares.data_ptr(), threads, room.data_ptr(),
+        out.data_ptr(), shares.data_ptr() if keep else None, threads, room.data_ptr(),
     )  # fmt: skip
     return out, shares
 

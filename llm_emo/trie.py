@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
-from llm_emo import attention
+from llm_emo import attention, native_attention
 from llm_emo.branches import cheapest
 from llm_emo.errors import ModelError
 
@@ -236,7 +236,7 @@ def _visible(
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     # What stands in front of all nodes: a beginning's columns, and a prefix's.
     front = len(key) - len(trie) + int(getattr(inner, "prefix_length", 0))
-    copied = _copied(config)
+    copied = _copied(model, config)
     if (
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
@@ -245,27 +245,30 @@ def _visible(
         and getattr(config, "v_head_dim", None) is None  # values of another width than keys
         # Asked of the trie's own depths, which are numbers on every device.
         and not _slides(config, trie.depth + (len(key) - len(trie)))
-        and (pieces := cheapest(trie.exit, trie.nodes, front=front, copied=copied)) is not None
+        and (pieces := cheapest(trie.exit, trie.depth, front=front, copied=copied)) is not None
         and pieces.cost(front, copied)
         <= (attention.KEPT_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
         return {
             "attention_mask": unread,
-            "branches": pieces.to(allowed.device),
+            "branches": pieces,
             "read": torch.unique(nodes).to(allowed.device),
         }
     return {"attention_mask": masks_for(model, allowed, query, key)}
 
 
-def _copied(config: Any) -> float:
+def _copied(model: nn.Module, config: Any) -> float | None:
     """Return what copying a node's key and value costs, in scores of one head: D / 2F.
 
     They are 2D numbers for the F heads that share them; a score, which is written, masked,
-    normalised and multiplied, costs about as much as copying four.
+    normalised and multiplied, costs about as much as copying four. None where compiled loops
+    attend, which copy nothing.
     """
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if native_attention.attends_in(next(model.parameters()).dtype, size):
+        return None
     return size * (getattr(config, "num_key_value_heads", None) or heads) / heads / 2  # type: ignore[no-any-return]
 
 
@@ -349,13 +352,13 @@ def verify(model: nn.Module) -> float:
     """
     model.eval()
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    copied, device = _copied(config), next(model.parameters()).device
+    copied, device = _copied(model, config), next(model.parameters()).device
     # Four tokens, and branches of twelve: as many as it takes to be cut where passes are.
     for count in (4, 8, 16, 32, 64):
         ids = [(7 * place + 3) % config.vocab_size for place in range(4 + 12 * count)]
         sequences = [ids[:4] + ids[start : start + 12] for start in range(4, len(ids), 12)]
         trie = TokenTrie.build(sequences)
-        if not _in_pieces(device) or cheapest(trie.exit, trie.nodes, copied=copied) is not None:
+        if not _in_pieces(device) or cheapest(trie.exit, trie.depth, copied=copied) is not None:
             break
     together = node_logits(model, trie, trie.last).float()
     differences = []

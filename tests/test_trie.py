@@ -240,7 +240,9 @@ def test_verify_refuses_a_model_that_ignores_mask_or_positions(architecture, ign
 
 def test_verify_asks_about_pieces_where_passes_are_cut(monkeypatch):
     calls, forward = [], branches.forward
-    monkeypatch.setattr(branches, "forward", lambda *given: calls.append(1) or forward(*given))
+    monkeypatch.setattr(
+        branches, "forward", lambda *given, **kept: calls.append(1) or forward(*given, **kept)
+    )
     model = tiny.model("qwen3")
     assert verify(model) < 1e-5
     assert not calls
