@@ -7,7 +7,7 @@ attends to the path to its first node and to itself, under a mask that keeps bra
 every visible pair of nodes is among these scores. Rows are a few nodes wide and begin where paths
 are short, such as at the next text.
 
-In compiled loops a row has as many columns as it needs. As products of a library all rows are one,
+In compiled loops a row has the columns that it needs. As products of a library all rows are one,
 so they are filled up to the widest; there every row gets a copy of its columns' keys and values,
 and copies are a part of what a cut costs: narrow rows have few scores and many copies.
 
@@ -86,8 +86,8 @@ class Branches:
             exit: The node behind each node's subtree, shape (N,).
             depth: How many ancestors each has, shape (N,).
             width: W at most.
-            least: Of how many nodes rows are, but the last; behind as many, they end where the
-                path to the next is shortest, and of such places at the last.
+            least: How many nodes rows have at least, but the last. From there on they end where
+                the path to the next is shortest; of such places, at the last.
         """
         ends, depths = exit.numpy(), depth.numpy()
         starts = [0]
@@ -176,20 +176,35 @@ class Branches:
         self, groups: int, nodes: Tensor, before: Tensor
     ) -> tuple[native_attention.Pieces, tuple[Tensor, ...]]:
         _, length, size = before.shape
-        bias, widths = self.bias(length, nodes.dtype), self.widths
+        widths, longest = self.widths, self.paths.shape[1]
         columns = -(-(length + self.lengths + widths) // COLUMNS) * COLUMNS
         scores = torch.nn.functional.pad((widths * columns).cumsum(0), (1, 0))
-        on_paths = torch.arange(self.paths.shape[1]) < self.lengths[:, None]
-        inner = torch.unique(self.paths[on_paths])
+        inner = torch.unique(self.paths[torch.arange(longest) < self.lengths[:, None]])
         slots = torch.full_like(self.exit, -1)
         slots[inner] = torch.arange(len(inner))
+        bias = self._biases(length, columns, scores, nodes.dtype)
         parts = (self.starts, self.lengths, self.paths, scores, inner, slots, bias)
         pieces = native_attention.Pieces(
             *(part.data_ptr() for part in parts),
-            len(self.lengths), int(widths.max()), length, self.paths.shape[1], len(inner),
-            bias.shape[-1], groups, nodes.shape[1] // groups // size, size, int(scores[-1]),
+            len(self.lengths), int(widths.max()), length, longest, len(inner),
+            int(columns.max()), groups, nodes.shape[1] // groups // size, size,
         )  # fmt: skip
         return pieces, parts  # pointers keep nothing alive
+
+    def _biases(self, prefix: int, columns: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the bias of each row's nodes and its own columns, one row behind the other."""
+        row = torch.arange(len(columns)).repeat_interleave(scores.diff())
+        at = torch.arange(len(row)) - scores[row]
+        query = self.starts[row] + at // columns[row]
+        column = at % columns[row] - prefix  # below 0: before all
+        own = column - self.lengths[row]
+        node = self.starts[row] + own
+        if self.paths.shape[1]:
+            path = self.paths[row, column.clamp(0, self.paths.shape[1] - 1)]
+            node = torch.where(own < 0, path, node)
+        node.clamp_(0, len(self.exit) - 1)
+        seen = (own < self.widths[row]) & (node <= query) & (query < self.exit[node])
+        return torch.zeros(len(row), dtype=dtype).masked_fill_(~(seen | (column < 0)), -torch.inf)
 
 
 def cheapest(
@@ -205,7 +220,7 @@ def cheapest(
         depth: How many ancestors each has, shape (N,).
         front: Columns that stand in front of all nodes: a beginning's and a prefix's.
         copied: What copying a node's key and value costs, in scores of one head; None for compiled
-            loops, which need no copies and fill nothing up, so that every trie is worth cutting.
+            loops, which copy nothing and take rows as they are, so that every trie is worth it.
     """
     if copied is None:
         return Branches.cut(exit, depth, WIDTH, WIDTH // 2 + 1)

@@ -9,8 +9,9 @@ Of the last layer, states are used only at nodes whose logits are asked for; all
 them as keys and values. So what stands behind its attention runs at those nodes only; queries run
 at all of them, because gathering would cost as much.
 
-It serves passes with `branches` (see there; those of this program on a CPU) through layers whose
-base is frozen; whatever else comes is the layer's own forward's. That both are equal, gradients
+It serves passes with `branches` (see there; those of this program on a CPU), and others from which
+nothing is learned, through layers whose base is frozen; whatever else comes is the layer's own
+forward's. That both are equal, gradients
 included, is held by tests/test_decoder_layer.py for every class in `KINDS`.
 
 Letters: N nodes, T those whose state is read, E hidden size, H heads, G key-value heads, D head
@@ -55,7 +56,7 @@ KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
 
 def write_out(model: nn.Module) -> None:
-    """Let every layer of these kinds take passes over a trie in pieces as one function."""
+    """Let layers of these kinds be one function each, and the head read a copy of its weight."""
     layers = written_out(model)
     kept = packed_bytes(model) > 0
     for layer in layers:
@@ -192,6 +193,7 @@ def _forward(
         and hidden_states.device.type == "cpu"
         and attention.config._attn_implementation == masks.NAME
         and not torch.is_grad_enabled()
+        and not (self.training and attention.attention_dropout)
     )
     if not (
         (branches is None and not masked)

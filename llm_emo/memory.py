@@ -104,8 +104,8 @@ def scoring_pass(
 ) -> Footprint:
     """Run one pass of `inference.score`: log-probabilities of the whole vocabulary at `nodes`.
 
-    Nothing is compiled for tensors without numbers, so it is torch's operations that are counted;
-    they hold more.
+    But for attention nothing is compiled for tensors without numbers, so it is torch's operations
+    that are counted; they hold more.
     """
     model, ledger = drawing.model.eval(), drawing.ledger
 

@@ -63,6 +63,7 @@ _ARGUMENTS = {
         COUNT,
         POINTER,
     ],
+    "attend_shares": [POINTER],
     "attend_room": [POINTER],
     "attend_backward_room": [POINTER],
     "lora": [POINTER, *[COUNT] * 3, *[POINTER] * 4, FLOAT, *[POINTER] * 3],
@@ -96,7 +97,7 @@ def _loaded(path: Path) -> Any:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(made, name)
         function.argtypes = arguments
-        function.restype = COUNT if name.endswith(("_room", "_vectors")) else None
+        function.restype = COUNT if name.endswith(("_room", "_shares", "_vectors")) else None
     return made
 
 

@@ -6,9 +6,9 @@
    which a thread's row before had the same.
 
    Letters as there: N nodes, R rows, W nodes of the widest, A nodes of the longest path, P columns
-   before all, T nodes on paths, C columns of a query's bias, a multiple of COLUMNS, G key-value
-   heads, F heads of each, D head dimension, a multiple of COLUMNS. Of a row's queries, i = w F + f;
-   of its columns the first P are before all, then come its path and its nodes. */
+   before all, T nodes on paths, C columns of the row that has most, G key-value heads, F heads of each, D
+   head dimension, a multiple of COLUMNS. Of a row's queries, i = w F + f; of its columns the first P
+   are before all, then come its path and its nodes, filled up to a multiple of COLUMNS. */
 
 #include <omp.h>
 
@@ -24,7 +24,7 @@ typedef struct {
     const int64_t *scores;  /* (R + 1), how many a head has in the rows before */
     const int64_t *inner;   /* (T), the nodes on paths */
     const int64_t *slots;   /* (N), where a node is among them, or -1 */
-    const number *bias;     /* (R W, C), added to scores */
+    const number *bias;     /* of each row's nodes and columns, added to scores */
     int64_t R, W, P, A, T, C, G, F, D;
 } pieces;
 
@@ -66,6 +66,11 @@ static void share_of(const pieces *p, int64_t thread, int64_t team, int64_t *fro
         if (before >= thread * p->G * all) *from = task;
         if (before >= (thread + 1) * p->G * all) *to = task;
     }
+}
+
+/* Whether some of these tasks are of key-value head g. */
+static inline int has(const pieces *p, int64_t g, int64_t from, int64_t to) {
+    return from < to && from < (g + 1) * p->R && to > g * p->R;
 }
 
 /* Keys and values: (N, 2 G D), rows `stride` apart, and those before all, (2 G, P, D). */
@@ -168,6 +173,9 @@ static void softmax_backward(const float *x, const number *share, int64_t C, num
         put(ds + c, widened(share + c) * (floats_of(x + c) - mean));
 }
 
+/* Numbers that are kept of a forward pass. */
+int64_t attend_shares(const pieces *p) { return p->G * p->F * p->scores[p->R]; }
+
 /* Numbers that a thread needs room for; a float takes PER. */
 int64_t attend_room(const pieces *p) { return 2 * p->C * p->D + (PER + 1) * ROWS * p->C; }
 
@@ -206,8 +214,10 @@ void attend(const pieces *p, const states *s, const number *q, int64_t stride, f
                 number *share = passing;
                 if (shares) share = shares + F * (g * all + p->scores[r]) + first * columns;
                 for (int64_t k = 0; k < ROWS; k++) {
-                    const number *bias = p->bias + (r * p->W + (first + k) / F) * C;
-                    if (k < count) softmax(x + k * C, bias, scale, end, share + k * columns);
+                    if (k < count) {
+                        const number *bias = p->bias + p->scores[r] + (first + k) / F * columns;
+                        softmax(x + k * C, bias, scale, end, share + k * columns);
+                    }
                     a[k] = share + (k < count ? k : count - 1) * columns;
                 }
                 for (int64_t d = 0; d < D; d += COLUMNS) {
@@ -248,10 +258,12 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
         number *ds_words = ds + ROWS * C, *share_words = ds_words + most * C;
         number *q_words = share_words + most * C, *g_words = q_words + most * D;
         number *zeros = g_words + most * D;
-        memset(sum, 0, 2 * G * shared * D * sizeof *sum);
         memset(zeros, 0, D * sizeof *zeros);
-        int64_t task, end_of_tasks, laid = -1;
-        share_of(p, omp_get_thread_num(), omp_get_num_threads(), &task, &end_of_tasks);
+        int64_t task, end_of_tasks, laid = -1, team = omp_get_num_threads();
+        share_of(p, omp_get_thread_num(), team, &task, &end_of_tasks);
+        for (int64_t part = 0; part < 2 * G; part++)
+            if (has(p, part % G, task, end_of_tasks))
+                memset(sum + part * shared * D, 0, shared * D * sizeof *sum);
         for (; task < end_of_tasks; task++) {
             int64_t g = task / p->R, r = task % p->R, start = p->starts[r], S = above(p, r);
             int64_t W = nodes_of(p, r), each = W * F, full = (each + ROWS - 1) / ROWS * ROWS;
@@ -340,21 +352,24 @@ void attend_backward(const pieces *p, const states *s, const number *q, int64_t 
                 }
             }
         }
-        int64_t team = omp_get_num_threads();
+        int64_t from[team], to[team]; /* what threads had: others' sums of a part were not begun */
+        for (int64_t thread = 0; thread < team; thread++)
+            share_of(p, thread, team, from + thread, to + thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t at = 0; at < 2 * G * shared; at++) {
-            int64_t part = at / shared, c = at % shared;
-            number *to = c < P ? dbefore + (part * P + c) * D
-                               : dnodes + p->inner[c - P] * wide_row + (F * G + part) * D;
+            int64_t part = at / shared, c = at % shared, g = part % G;
+            number *out = c < P ? dbefore + (part * P + c) * D
+                                : dnodes + p->inner[c - P] * wide_row + (F * G + part) * D;
             for (int64_t d = 0; d < D; d += LANES) {
                 floats total_of_all = {};
                 for (int64_t thread = 0; thread < team; thread++) {
                     floats one;
+                    if (!has(p, g, from[thread], to[thread])) continue;
                     memcpy(&one, (float *)(room + thread * size) + at * D + d, sizeof one);
                     total_of_all += one;
                 }
-                put(to + d, total_of_all);
+                put(out + d, total_of_all);
             }
         }
     }

@@ -26,7 +26,6 @@ class Pieces(ctypes.Structure):
             for name in ("starts", "lengths", "paths", "scores", "inner", "slots", "bias")
         ),
         *((name, COUNT) for name in "RWPATCGFD"),
-        ("all_scores", COUNT),
     )
 
 
@@ -40,11 +39,14 @@ def attends_in(dtype: torch.dtype, size: int) -> bool:
 
 
 def attends(nodes: Tensor, both: Tensor, before: Tensor) -> bool:
-    """Whether loops serve such queries, keys and values (see `attend`)."""
+    """Whether loops serve such queries, keys and values (see `attend`).
+
+    They serve those without numbers, too, so that plans count what is kept.
+    """
     return (
         nodes.stride(-1) == both.stride(-1) == 1
-        and serves(nodes, both, before)
         and attends_in(nodes.dtype, before.shape[-1])
+        and (nodes.is_meta or serves(nodes, both, before))
     )
 
 
@@ -64,10 +66,12 @@ def attend(
         keep: Whether shares are asked for, which the backward pass reads.
     """
     out = nodes.new_empty(nodes.shape)
-    shares = nodes.new_empty(pieces.G * pieces.F * pieces.all_scores if keep else 0)
     threads, at = _threads(pieces), ctypes.byref(pieces)
+    shares = nodes.new_empty(library(nodes.dtype).attend_shares(at) if keep else 0)
     room = nodes.new_empty(threads * library(nodes.dtype).attend_room(at))
     states = _States(both.data_ptr(), before.data_ptr(), both.stride(0))
+    if nodes.is_meta:
+        return out, shares
     library(nodes.dtype).attend(
         at, ctypes.byref(states), nodes.data_ptr(), nodes.stride(0), scale,
         out.data_ptr(), shares.data_ptr() if keep else None, threads, room.data_ptr(),
@@ -101,6 +105,8 @@ def attend_backward(
     threads, at = _threads(pieces), ctypes.byref(pieces)
     room = grad.new_empty(threads * library(nodes.dtype).attend_backward_room(at))
     states = _States(both.data_ptr(), before.data_ptr(), both.stride(0))
+    if nodes.is_meta:
+        return dnodes, dbefore
     library(nodes.dtype).attend_backward(
         at, ctypes.byref(states), nodes.data_ptr(), nodes.stride(0), scale, grad.data_ptr(),
         shares.data_ptr(), dnodes.data_ptr(), dbefore.data_ptr(), threads, room.data_ptr(),

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from llm_emo import attention, native_attention
-from llm_emo.branches import cheapest
+from llm_emo.branches import Branches, cheapest
 from llm_emo.errors import ModelError
 
 
@@ -195,7 +195,12 @@ def _behind(
 
 
 def node_logits(
-    model: nn.Module, trie: TokenTrie, nodes: Tensor, beginning: Beginning | None = None
+    model: nn.Module,
+    trie: TokenTrie,
+    nodes: Tensor,
+    beginning: Beginning | None = None,
+    *,
+    whole: bool = False,
 ) -> Tensor:
     """Run one pass over `trie` and return the next-token logits at `nodes`, shape (T, V).
 
@@ -207,13 +212,15 @@ def node_logits(
         trie: The sequences, without what they all begin with.
         nodes: Where logits are asked for, shape (T,).
         beginning: What they all begin with, run before.
+        whole: Whether attention has to go by the dense mask.
     """
     device = next(model.parameters()).device
     allowed, depth, keys = _behind(trie, beginning, device)
+    seen = {"attention_mask": masks_for(model, allowed, depth, keys)} if whole else None
     output = model(
         input_ids=trie.tokens.to(device)[None],
         position_ids=depth[None],
-        **_visible(model, trie, nodes, allowed, depth, keys),
+        **(seen or _visible(model, trie, nodes, allowed, depth, keys)),
         logits_to_keep=nodes.to(device),
         past_key_values=None if beginning is None else beginning.cache(),
         use_cache=beginning is not None,
@@ -226,8 +233,7 @@ def _visible(
 ) -> dict[str, Any]:
     """Return the arguments that say which node attends to which: a mask, or the trie's pieces.
 
-    On a GPU a dense mask is one kernel's work; on a CPU the pieces are fewer operations. While
-    gradients are kept, what the pieces cost is too, so a large pass is left to SDPA.
+    On a GPU a dense mask is one kernel's work; on a CPU the pieces are fewer operations.
 
     Beside pieces stands `read`: the nodes whose logits are asked for, sorted, each once. A layer
     may return zeros as the last states of all others.
@@ -236,7 +242,6 @@ def _visible(
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     # What stands in front of all nodes: a beginning's columns, and a prefix's.
     front = len(key) - len(trie) + int(getattr(inner, "prefix_length", 0))
-    copied = _copied(model, config)
     if (
         _in_pieces(allowed.device)
         and config._attn_implementation == attention.NAME
@@ -245,9 +250,7 @@ def _visible(
         and getattr(config, "v_head_dim", None) is None  # values of another width than keys
         # Asked of the trie's own depths, which are numbers on every device.
         and not _slides(config, trie.depth + (len(key) - len(trie)))
-        and (pieces := cheapest(trie.exit, trie.depth, front=front, copied=copied)) is not None
-        and pieces.cost(front, copied)
-        <= (attention.KEPT_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES)
+        and (pieces := _cut(model, trie, front)) is not None
     ):
         unread = masks_for(model, allowed[:1, :1], query[:1], key[:1])
         return {
@@ -258,18 +261,23 @@ def _visible(
     return {"attention_mask": masks_for(model, allowed, query, key)}
 
 
-def _copied(model: nn.Module, config: Any) -> float | None:
-    """Return what copying a node's key and value costs, in scores of one head: D / 2F.
+def _cut(model: nn.Module, trie: TokenTrie, front: int) -> Branches | None:
+    """Return the trie's pieces, or None where the dense mask serves as well, or SDPA better.
 
-    They are 2D numbers for the F heads that share them; a score, which is written, masked,
-    normalised and multiplied, costs about as much as copying four. None where compiled loops
-    attend, which copy nothing.
+    While gradients are kept, what the pieces cost is too, so a large pass is left to SDPA.
     """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if native_attention.attends_in(next(model.parameters()).dtype, size):
-        return None
-    return size * (getattr(config, "num_key_value_heads", None) or heads) / heads / 2  # type: ignore[no-any-return]
+    copied = None
+    if not native_attention.attends_in(next(model.parameters()).dtype, size):
+        # Of a key and a value, which are 2D numbers for the F heads that share them: D / 2F scores.
+        # A score, which is written, masked, normalised and multiplied, costs as copying four does.
+        copied = size * (getattr(config, "num_key_value_heads", None) or heads) / heads / 2
+    cut = cheapest(trie.exit, trie.depth, front=front, copied=copied)
+    most = attention.KEPT_SCORES if torch.is_grad_enabled() else attention.PASSING_SCORES
+    return cut if cut is not None and cut.cost(front, copied) <= most else None
 
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -352,21 +360,21 @@ def verify(model: nn.Module) -> float:
     """
     model.eval()
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    copied, device = _copied(model, config), next(model.parameters()).device
+    device = next(model.parameters()).device
     # Four tokens, and branches of twelve: as many as it takes to be cut where passes are.
     for count in (4, 8, 16, 32, 64):
         ids = [(7 * place + 3) % config.vocab_size for place in range(4 + 12 * count)]
         sequences = [ids[:4] + ids[start : start + 12] for start in range(4, len(ids), 12)]
         trie = TokenTrie.build(sequences)
-        if not _in_pieces(device) or cheapest(trie.exit, trie.depth, copied=copied) is not None:
+        if not _in_pieces(device) or _cut(model, trie, 0) is not None:
             break
     together = node_logits(model, trie, trie.last).float()
     differences = []
     for row in range(0, count, count // 4):
         sequence = sequences[row]
-        alone = node_logits(
-            model, TokenTrie.build([sequence]), torch.tensor([len(sequence) - 1])
-        ).float()
+        # By the mask: what is wrong in pieces must not be wrong on both sides.
+        one = TokenTrie.build([sequence])
+        alone = node_logits(model, one, one.last, whole=True).float()
         differences.append((together[row] - alone[0]).norm() / alone[0].norm())
     worst = float(torch.stack(differences).max())  # not a number if one of them is not
     dtype = next(model.parameters()).dtype

@@ -18,6 +18,7 @@ from llm_emo import attention, branches, decoder_layer, packed
 from llm_emo.encoding import Encoded
 from llm_emo.errors import JobFailed, RecipeError, RunError
 from llm_emo.inference import score
+from llm_emo.lean import lean
 from llm_emo.steps import Steps
 from llm_emo.training import answer_loss, collate
 from llm_emo.trie import TokenTrie, node_logits
@@ -284,6 +285,17 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(method, monkeypatc
     )
 
 
+def test_a_peer_has_the_attention_and_the_layers_of_transformers():
+    made = tiny.adapted("llama", "lora")
+    lean(made)
+    decoder_layer.write_out(made)
+    ours = [module for module in made.modules() if "forward" in vars(module)]
+    assert len(ours) > 4
+    harness.stock(made)
+    assert not any("forward" in vars(module) for module in made.modules())
+    assert made.get_base_model().config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_operations_of_scoring_are_those_that_torch_counts(architecture):
     model, prompts = tiny.model(architecture), [row.prompt for row in tiny.encoded(4)]
@@ -338,7 +350,9 @@ def test_a_profile_says_what_time_went_to():
             event("aten::addmm_", [[50, 64], [50, 8], [8, 64], [], []], 1.0),
             event("aten::bmm", [[3, 50, 64], [3, 64, 50]], 0.5),
             event("aten::baddbmm_", [[3, 50, 50], [3, 50, 64], [3, 64, 50]], 0.5),
-            event("aten::mm", [[5, 64], [64, 999]], 2.0),
+            event("aten::mm", [[5, 64], [64, 999]], 1.0),
+            event("mkldnn::_linear_pointwise", [[5, 64], [999, 64], [], [], [], []], 0.5),
+            event("mkldnn::_linear_pointwise", [[5, 999], [64, 999], [], [], [], []], 0.5),
             event("aten::mul", [[50, 64], [50, 64]], 2.0),
         ],
         vocabulary=999,

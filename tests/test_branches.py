@@ -122,6 +122,25 @@ def test_what_nobody_learns_from_is_the_same(size, prefix):
     assert torch.equal(found, attend(*parts, cut, own, 0.4))
 
 
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize("size", [WIDTH, 32])
+def test_without_numbers_as_much_is_kept(size, prefix):
+    """Plans run passes without numbers, and count what they keep."""
+    trie = batch(rows=30, shared=70)
+    cut = pieces(trie, 25)
+    parts = [part.detach()[0].transpose(0, 1).flatten(1) for part in drawn(trie, 0, width=size)[:3]]
+    before = torch.zeros(2 * GROUPS, prefix, size)
+    sizes = []
+    for device in ("cpu", "meta"):
+        nodes, both, front = (
+            part.to(device) for part in (parts[0], torch.cat(parts[1:], 1), before)
+        )
+        out, saved = branches.forward(nodes, both, front, cut, 0.4, learning=True)
+        dnodes, dbefore = branches.backward(out, saved, cut, 0.4)
+        sizes.append([part.shape for part in (out, *saved, dnodes, dbefore)])
+    assert sizes[0] == sizes[1]
+
+
 def test_pieces_can_be_pickled_after_a_pass():
     trie = batch()
     cut = pieces(trie, 10)

@@ -265,6 +265,19 @@ def test_a_layer_that_learns_or_drops_runs_its_own_forward(written):
     assert len(written) == 3  # the other layer only
 
 
+def test_attention_that_drops_is_the_layers_own_by_a_mask_too(monkeypatch, written):
+    monkeypatch.setattr(branches, "SHARE", 0.0)
+    made = ours("llama")
+    trie = TokenTrie.build([row.prompt + row.answer for row in tiny.encoded(9, shared=9)])
+    for layer in made.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with torch.no_grad():
+        node_logits(made.train(), trie, trie.last)
+        assert not written
+        node_logits(made.eval(), trie, trie.last)
+    assert len(written) == 2
+
+
 def test_a_dense_mask_is_the_layers_own(monkeypatch, written):
     monkeypatch.setattr(branches, "SHARE", 0.0)
     made = ours("llama")

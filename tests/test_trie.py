@@ -251,6 +251,19 @@ def test_verify_asks_about_pieces_where_passes_are_cut(monkeypatch):
     assert len(calls) == 2  # one a layer
 
 
+def test_verify_holds_pieces_against_the_mask(monkeypatch):
+    forward = branches.forward
+
+    def wrong(nodes, both, before, cut, scale, **kept):
+        return forward(nodes, both, before, cut, 3 * scale, **kept)
+
+    monkeypatch.setattr(branches, "forward", wrong)
+    model = tiny.model("qwen3", head_dim=32)
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ModelError):
+        verify(model)
+
+
 def test_verify_refuses_states_that_are_not_numbers():
     model = tiny.model("llama")
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))

@@ -253,7 +253,7 @@ def kind_of(
     if name in {kind for _, _, kind in LOOPS}:
         return name, 0.0
     if name == "mkldnn::_linear_pointwise":  # by a copy of a frozen weight
-        kind = "the head" if shapes[1][0] == vocabulary else "frozen layers"
+        kind = "the head" if vocabulary in shapes[1] else "frozen layers"
         return f"products of {kind}", 2.0 * math.prod(shapes[0]) * shapes[1][0]
     short = name.removeprefix("aten::").rstrip("_")
     if short not in ("mm", "addmm", "bmm", "baddbmm"):

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,13 @@ def ratio_line(peer: str, values: Sequence[float]) -> str:
 
 
 def stock(model: Any) -> None:
-    """Give a model transformers' own attention back, which is what users of a peer have."""
+    """Give a model transformers' own attention and layers back, which users of a peer have."""
     attend_by(model, "sdpa")
+    for module in model.modules():
+        if isinstance(
+            vars(module).get("forward"), partial
+        ):  # this program's, and its copies with it
+            del module.forward
 
 
 def attend_by(model: Any, name: str) -> None:

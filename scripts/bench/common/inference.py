@@ -36,7 +36,7 @@ def drawn(given: argparse.Namespace, checked: int) -> tuple[Any, list[Ids], list
     if given.side != OURS:
         harness.stock(labeller.model)
     prompts = [row.prompt for row in labeller.encoder.encode(rows)]
-    return labeller, prompts[:count], prompts[-count:]
+    return labeller, prompts[:count], prompts[count:] or prompts
 
 
 def timed(
