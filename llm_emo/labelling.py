@@ -22,7 +22,7 @@ from llm_emo.experiment import AnyExperiment, BaselineExperiment, Experiment
 from llm_emo.fetch import sha256_of
 from llm_emo.inference import Ids, generate, score
 from llm_emo.journal import Journal
-from llm_emo.machine import processes, say
+from llm_emo.machine import processes, say, settled
 from llm_emo.models import auto
 from llm_emo.predictions import Header, Mode, read
 from llm_emo.trie import verify
@@ -282,6 +282,7 @@ def predict(
                 disable=not state.is_main_process,
             )
         )  # fmt: skip
+        stack.enter_context(settled())  # rows come and go by the thousand
         for predictions in _shared(labeller, left, state):
             if journal is not None:
                 for prediction in predictions:

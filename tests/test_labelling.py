@@ -1,3 +1,4 @@
+import gc
 import json
 import threading
 import weakref
@@ -120,8 +121,10 @@ def test_a_prediction_interrupted_and_continued_equals_the_uninterrupted_one(
     assert total > 6
 
     own, left = labelling.Labeller.predict, [4]
+    gc.unfreeze()
 
     def interrupted(self, rows):
+        assert gc.get_freeze_count(), "walks for garbage should pass over what exists"
         for prediction in own(self, rows):
             if not left[0]:
                 raise KeyboardInterrupt
@@ -132,6 +135,7 @@ def test_a_prediction_interrupted_and_continued_equals_the_uninterrupted_one(
         patch.setattr(labelling.Labeller, "predict", interrupted)
         with pytest.raises(KeyboardInterrupt):
             labelling.predict(experiment, None, "train", tmp_path / "broken")
+    assert not gc.get_freeze_count()
     [partial] = (tmp_path / "broken").iterdir()
     assert len(partial.read_text("utf-8").splitlines()) == 1 + 4
     broken = labelling.predict(experiment, None, "train", tmp_path / "broken")

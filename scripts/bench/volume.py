@@ -128,6 +128,7 @@ def examples(experiment: Any, count: int, seed: int) -> Iterator[Any]:
 def measure(given: argparse.Namespace) -> Result:
     """Label `given.side` rows in this process."""
     from llm_emo.labelling import open_labeller
+    from llm_emo.machine import settled
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,16 +142,17 @@ def measure(given: argparse.Namespace) -> Result:
         times = -(-TIMED // given.side)
         first = given.seed + 1 + given.round * times
         seen = 0
-        started = time.perf_counter(), time.process_time()
-        for again in range(times):
-            with (folder / "labels.jsonl").open("w", encoding="utf-8") as file:
-                rows = examples(experiment, given.side, first + again)
-                for prediction in labeller.predict(rows):
-                    line = {"uid": prediction.uid, "label": prediction.label}
-                    file.write(json.dumps(line) + "\n")
-                    seen += 1
-        seconds = (time.perf_counter() - started[0]) / times
-        processor = (time.process_time() - started[1]) / times
+        with settled():  # as `predict` does
+            started = time.perf_counter(), time.process_time()
+            for again in range(times):
+                with (folder / "labels.jsonl").open("w", encoding="utf-8") as file:
+                    rows = examples(experiment, given.side, first + again)
+                    for prediction in labeller.predict(rows):
+                        line = {"uid": prediction.uid, "label": prediction.label}
+                        file.write(json.dumps(line) + "\n")
+                        seen += 1
+            seconds = (time.perf_counter() - started[0]) / times
+            processor = (time.process_time() - started[1]) / times
     assert seen == given.side * times
     return {
         "rows": given.side,
