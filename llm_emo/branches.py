@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -193,18 +194,15 @@ class Branches:
 
     def _biases(self, prefix: int, columns: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the bias of each row's nodes and its own columns, one row behind the other."""
-        row = torch.arange(len(columns)).repeat_interleave(scores.diff())
-        at = torch.arange(len(row)) - scores[row]
-        query = self.starts[row] + at // columns[row]
-        column = at % columns[row] - prefix  # below 0: before all
-        own = column - self.lengths[row]
-        node = self.starts[row] + own
-        if self.paths.shape[1]:
-            path = self.paths[row, column.clamp(0, self.paths.shape[1] - 1)]
-            node = torch.where(own < 0, path, node)
-        node.clamp_(0, len(self.exit) - 1)
-        seen = (own < self.widths[row]) & (node <= query) & (query < self.exit[node])
-        return torch.zeros(len(row), dtype=dtype).masked_fill_(~(seen | (column < 0)), -torch.inf)
+        out = torch.full((int(scores[-1]),), -torch.inf, dtype=dtype)
+        for row, (begin, end) in enumerate(pairwise(scores.tolist())):
+            nodes = torch.arange(*self.starts[row : row + 2].tolist())
+            seen = torch.cat([self.paths[row, : self.lengths[row]], nodes])
+            allowed = (seen <= nodes[:, None]) & (nodes[:, None] < self.exit[seen])
+            bias = out[begin:end].view(-1, int(columns[row]))
+            bias[:, :prefix] = 0
+            bias[:, prefix : prefix + len(seen)].masked_fill_(allowed, 0)
+        return out
 
 
 def cheapest(

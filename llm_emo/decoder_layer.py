@@ -9,10 +9,10 @@ Of the last layer, states are used only at nodes whose logits are asked for; all
 them as keys and values. So what stands behind its attention runs at those nodes only; queries run
 at all of them, because gathering would cost as much.
 
-It serves passes with `branches` (see there; those of this program on a CPU), and others from which
-nothing is learned, through layers whose base is frozen; whatever else comes is the layer's own
-forward's. That both are equal, gradients
-included, is held by tests/test_decoder_layer.py for every class in `KINDS`.
+It serves passes with `branches` (see there; those of this program on a CPU), and by a mask those
+from which nothing is learned, through layers whose base is frozen; whatever else comes is the
+layer's own forward's. That both are equal, gradients included, is held by
+tests/test_decoder_layer.py for every class in `KINDS`.
 
 Letters: N nodes, T those whose state is read, E hidden size, H heads, G key-value heads, D head
 dimension, P prefix length.

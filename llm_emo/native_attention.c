@@ -6,9 +6,10 @@
    which a thread's row before had the same.
 
    Letters as there: N nodes, R rows, W nodes of the widest, A nodes of the longest path, P columns
-   before all, T nodes on paths, C columns of the row that has most, G key-value heads, F heads of each, D
-   head dimension, a multiple of COLUMNS. Of a row's queries, i = w F + f; of its columns the first P
-   are before all, then come its path and its nodes, filled up to a multiple of COLUMNS. */
+   before all, T nodes on paths, C columns of the row that has most, filled up, G key-value heads, F
+   heads of each, D head dimension, a multiple of COLUMNS. Of a row's queries, i = w F + f; of its
+   columns the first P are before all, then come its path and its nodes, filled up to a multiple of
+   COLUMNS. */
 
 #include <omp.h>
 

@@ -260,7 +260,7 @@ def test_verify_holds_pieces_against_the_mask(monkeypatch):
     monkeypatch.setattr(branches, "forward", wrong)
     model = tiny.model("qwen3", head_dim=32)
     model.set_attn_implementation(attention.NAME)
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="attention in pieces"):
         verify(model)
 
 

@@ -44,8 +44,8 @@ SOURCES = {
 TEXTS = tuple(f"{stem}_GroundTruth.txt" for stem in SOURCES.values())
 RATINGS = tuple(f"{stem}_anonDataRatings.txt" for stem in SOURCES.values())
 
-RATING = re.compile(r"([^\t]+)\t[^\t]*\t[^\t]*\t\[(\s*-?\d\s*(?:,\s*-?\d\s*)*)\]\s*")
-"""A line of ratings: id, mean, deviation, and the list."""
+RATING = re.compile(r"([^\t]+)\t[^\t]*\t[^\t]*\t\[( *-?[0-9] *(?:, *-?[0-9] *)*)\]\s*")
+"""A line of ratings: id, mean, deviation, and the list. Not all white space is some to `int`."""
 
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 MANIFEST = "sha256.json"

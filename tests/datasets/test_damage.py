@@ -231,6 +231,7 @@ RARE = [
     ("vader", "nytEditorialSnippets_GroundTruth.txt", "_1\t", "_x\t"),
     ("vader", "tweets_anonDataRatings.txt", "[3, ", "[{}, "),
     ("vader", "tweets_anonDataRatings.txt", "[3, ", "[99999999999, "),
+    ("vader", "tweets_anonDataRatings.txt", "[3, ", "[\x1f3, "),  # no white space to `int`
     ("iemocap", "Session1/dialog/EmoEvaluation/Ses01F_impro01.txt", "[4.5000", "[4.5.0"),
     ("mosi", "label.csv", ",text,", ",text,text,"),
     ("mosi", "label.csv", "I ", "I" * 200_000),

@@ -469,7 +469,7 @@ def test_one_a_for_all_three_learns_what_lora_on_the_fused_layer_learns(
     """The first losses are equal; from then on this training doubles each rounding every step.
 
     So the golden trail, which was computed in float32, is held against one in float64, which leaves
-    its own roundings alone, and the float32 one against both.
+    its own roundings alone, and the float32 one against that one and, in the first steps, both.
     """
     golden = lora_cases["losses"].double()
     own = sgd(tied(implementation), loss, cases, len(golden))

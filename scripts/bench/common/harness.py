@@ -212,10 +212,9 @@ def stock(model: Any) -> None:
     """Give a model transformers' own attention and layers back, which users of a peer have."""
     attend_by(model, "sdpa")
     for module in model.modules():
-        if isinstance(
-            vars(module).get("forward"), partial
-        ):  # this program's, and its copies with it
-            del module.forward
+        own = vars(module).get("forward")
+        if isinstance(own, partial) and own.func.__module__.startswith("llm_emo."):
+            del module.forward  # and the copies of weights that it keeps
 
 
 def attend_by(model: Any, name: str) -> None:
